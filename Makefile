@@ -1,0 +1,39 @@
+# setup: .venv with everything pinned. demo, test, check, bench: what their names say; each sets up first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+EXTRAS := data,train,eval,dev
+# uv does not read pip's configuration; where pip is told of local wheels, so is uv.
+FIND_LINKS := $(shell $(PYTHON) -m pip config list 2>/dev/null | sed -n "s/.*find-links=['\"]\{0,1\}\([^'\"]*\).*/--find-links \1/p" | sort -u)
+
+.PHONY: setup demo test check bench clean
+setup: $(STAMP)
+
+$(STAMP): setup.cfg constraints.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Phidias needs Python 3.11 or newer; set PYTHON=" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade uv || true
+	if $(BIN)/python -m uv --version >/dev/null 2>&1; then \
+	  $(BIN)/python -m uv pip install --quiet --python $(BIN)/python $(FIND_LINKS) -c constraints.txt torch==2.13.0 -e '.[$(EXTRAS)]'; \
+	else $(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0 -e '.[$(EXTRAS)]'; fi
+	touch $@
+
+demo: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" ./benchmarks/demo.sh
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_layering.py
+
+bench: setup
+	$(BIN)/python -m benchmarks.cli
+	$(BIN)/python -m benchmarks.layouts
+
+clean:
+	rm -rf $(VENV)
