@@ -1,0 +1,152 @@
+"""What types cannot say: rules between fields. Each rule is a small generator of problems; all are reported together."""
+
+from collections.abc import Callable, Iterable, Iterator
+
+from launcher.config.check_layout import LAYOUT_RULES
+from launcher.config.check_mixture import check_mixtures
+from launcher.config.check_precision import PRECISION_RULES
+from launcher.config.errors import ConfigError, LayoutError, Problem
+from launcher.config.schema import ModelConfig, RunConfig, StageConfig
+from launcher.config.validate import merge_over_stages
+
+Found = tuple[str | None, Problem]  # the stage it is wrong in; None where it is the run's
+
+
+def check_run(config: RunConfig) -> None:
+    """Raises LayoutError where only layouts are wrong, otherwise ConfigError, with all problems."""
+    layout = list(over_stages(config, LAYOUT_RULES))
+    rest = list(other_problems(config))
+    problems = list(merge_over_stages([*rest, *layout], list(config.stage_names)))
+    if problems:
+        raise (ConfigError if rest else LayoutError)(*problems)
+
+
+def other_problems(config: RunConfig) -> Iterator[Found]:
+    for problem in (*check_model(config.model), *check_tokenizer(config), *check_cluster(config), *check_data(config)):
+        yield None, problem
+    for problem in (*check_family(config.model), *check_stage_list(config)):
+        yield None, problem
+    yield from over_stages(config, (check_stage, check_start, check_optim, *PRECISION_RULES))
+    yield from check_mixtures(config)
+
+
+def over_stages(config: RunConfig, rules: Iterable[Callable[[StageConfig, RunConfig], Iterable[Problem]]]) -> Iterator[Found]:
+    for rule in rules:
+        for stage in config.stages:
+            for problem in rule(stage, config):
+                yield stage.stage.name, problem
+
+
+def check_model(model: ModelConfig) -> Iterator[Problem]:
+    if model.padded_vocab_size < model.vocab_size:
+        rule = f"the padded vocabulary must hold model.vocab_size ({model.vocab_size})"
+        yield Problem("model.padded_vocab_size", str(model.padded_vocab_size), rule, f"use {-(-model.vocab_size // 128) * 128}")
+    if model.num_attention_heads % model.num_query_groups:
+        rule = f"it must divide model.num_attention_heads ({model.num_attention_heads})"
+        fix = f"use one of {divisors(model.num_attention_heads)}"
+        yield Problem("model.num_query_groups", str(model.num_query_groups), rule, fix)
+    if model.kv_channels % 2:
+        yield Problem(
+            "model.kv_channels", str(model.kv_channels), "rotary embedding turns pairs: it must be even", "use an even one"
+        )
+
+
+def check_family(model: ModelConfig) -> Iterator[Problem]:
+    """What the Hugging Face class can represent. Found out now, not when a trained model is to be exported."""
+    if model.family is None:
+        return
+    wanted = {"activation": "swiglu", "normalization": "rmsnorm", "mlp_bias": False, "attention_bias": False}
+    if model.family == "llama":
+        del wanted["attention_bias"]
+    for field, value in wanted.items():
+        if getattr(model, field) != value:
+            rule = f"family {model.family} exports models with {field}={str(value).lower()}"
+            found = str(getattr(model, field)).lower()
+            yield Problem(f"model.{field}", found, rule, f"model.{field}={str(value).lower()}, or model.family=null: no export")
+    if model.hidden_size != model.num_attention_heads * model.kv_channels:
+        product = model.num_attention_heads * model.kv_channels
+        rule = f"family {model.family} exports num_attention_heads * kv_channels ({product}) = hidden_size"
+        yield Problem("model.hidden_size", str(model.hidden_size), rule, f"model.hidden_size={product}, or model.family=null")
+
+
+def check_tokenizer(config: RunConfig) -> Iterator[Problem]:
+    field = {"cl100k": "ranks_file", "huggingface": "file"}[config.tokenizer.kind]
+    if not getattr(config.tokenizer, field):
+        rule = f"tokenizer kind {config.tokenizer.kind} reads it"
+        yield Problem(f"tokenizer.{field}", "nothing", rule, f"tokenizer.{field}=<path>")
+
+
+def check_cluster(config: RunConfig) -> Iterator[Problem]:
+    cluster = config.cluster
+    if cluster.kind == "local" and cluster.num_nodes > 1:
+        yield Problem(
+            "cluster.num_nodes", str(cluster.num_nodes), "kind local is this machine alone", "1, or cluster.kind=slurm"
+        )
+
+
+def check_data(config: RunConfig) -> Iterator[Problem]:
+    data = config.data
+    if data.group_tokens % data.chunk_tokens:
+        rule = f"a group is whole chunks of data.chunk_tokens ({data.chunk_tokens})"
+        near = max(1, round(data.group_tokens / data.chunk_tokens)) * data.chunk_tokens
+        yield Problem("data.group_tokens", str(data.group_tokens), rule, f"data.group_tokens={near}")
+
+
+def check_stage_list(config: RunConfig) -> Iterator[Problem]:
+    names = config.run.stages
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        rule = "a run trains a stage once; checkpoints lie under its name"
+        yield Problem("run.stages", f"{', '.join(twice)} twice", rule, "give the second one a stage file of its own")
+    for name in config.stage_names:
+        if name not in names:
+            rule = f"stage.name is the name that run.stages lists ({', '.join(names)})"
+            yield Problem("stage.name", repr(name), rule, "name the stage as its file is named")
+
+
+def check_stage(stage: StageConfig, config: RunConfig) -> Iterator[Problem]:
+    settings, chunk = stage.stage, config.data.chunk_tokens
+    if chunk % settings.seq_length:
+        rule = f"chunks of data.chunk_tokens ({chunk}) are cut into whole windows"
+        fix = f"a divisor of {chunk}, or data.chunk_tokens={max(1, round(chunk / settings.seq_length)) * settings.seq_length}"
+        yield Problem("stage.seq_length", str(settings.seq_length), rule, fix)
+    batch_tokens = settings.global_batch_size * settings.seq_length
+    if settings.tokens < batch_tokens:
+        rule = f"a stage is at least one global batch of {batch_tokens} tokens"
+        yield Problem("stage.tokens", f"{settings.tokens:g}", rule, f"raise it to {batch_tokens} or more, or shrink the batch")
+    if settings.validation.max_tokens < settings.seq_length:
+        rule = f"it must hold one window of stage.seq_length ({settings.seq_length})"
+        fix = f"stage.validation.max_tokens={settings.seq_length}"
+        yield Problem("stage.validation.max_tokens", str(settings.validation.max_tokens), rule, fix)
+
+
+def check_start(stage: StageConfig, config: RunConfig) -> Iterator[Problem]:
+    """`init_from`: an earlier stage, of no longer sequences."""
+    settings, names = stage.stage, config.run.stages
+    if settings.init_from is None or settings.name not in names:
+        return
+    earlier = names[: names.index(settings.name)]
+    if settings.init_from not in earlier:
+        rule = f"it must name a stage before {settings.name} in run.stages ({', '.join(earlier) or 'there is none'})"
+        yield Problem(
+            "stage.init_from", repr(settings.init_from), rule, f"stage.init_from={earlier[-1] if earlier else 'null'}"
+        )
+    elif settings.init_from in config.stage_names:
+        before = config.stage(settings.init_from).stage.seq_length
+        if settings.seq_length < before:
+            rule = f"it must not be shorter than in {settings.init_from} ({before}), which it starts from"
+            yield Problem("stage.seq_length", str(settings.seq_length), rule, f"use {before} or more")
+
+
+def check_optim(stage: StageConfig, config: RunConfig) -> Iterator[Problem]:
+    optim = stage.optim
+    if optim.warmup_tokens > stage.stage.tokens:
+        rule = f"warm-up must end within stage.tokens ({stage.stage.tokens:g})"
+        yield Problem("optim.warmup_tokens", f"{optim.warmup_tokens:g}", rule, "shorten the warm-up or lengthen the stage")
+    if optim.min_lr > optim.lr:
+        rule = f"the schedule falls from optim.lr ({optim.lr:g}) to it"
+        yield Problem("optim.min_lr", f"{optim.min_lr:g}", rule, f"use at most {optim.lr:g}")
+
+
+def divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)

@@ -1,0 +1,90 @@
+"""Layout rules: a layout must divide the cluster, the batch, the sequence and the model, and Megatron must accept it."""
+
+from collections.abc import Callable, Iterator
+
+from launcher.config.errors import Problem
+from launcher.config.schema import RunConfig, StageConfig
+
+
+def check_world(stage: StageConfig, config: RunConfig) -> Iterator[Problem]:
+    layout, world = stage.layout, config.cluster.world_size
+    if world % layout.model_parallel_size:
+        rule = f"tp * pp * cp ({layout.model_parallel_size}) must divide the {world} ranks of cluster {config.cluster.name}"
+        yield Problem(
+            "layout.tp", f"tp {layout.tp}, pp {layout.pp}, cp {layout.cp}", rule, f"a product out of {_divisors(world)}"
+        )
+
+
+def check_batch(stage: StageConfig, config: RunConfig) -> Iterator[Problem]:
+    layout, batch = stage.layout, stage.stage.global_batch_size
+    if config.cluster.world_size % layout.model_parallel_size:
+        return
+    dp = config.cluster.world_size // layout.model_parallel_size
+    if batch % (layout.micro_batch_size * dp):
+        rule = f"it must be a multiple of micro_batch_size * dp ({layout.micro_batch_size} * {dp})"
+        unit = layout.micro_batch_size * dp
+        fix = f"stage.global_batch_size={max(1, round(batch / unit)) * unit}, or another layout.micro_batch_size"
+        yield Problem("stage.global_batch_size", str(batch), rule, fix)
+    elif layout.vpp > 1 and batch // (layout.micro_batch_size * dp) % layout.pp:
+        num_microbatches = batch // (layout.micro_batch_size * dp)
+        rule = f"the interleaved schedule runs microbatches in groups of pp: {num_microbatches} is no multiple of {layout.pp}"
+        yield Problem("layout.vpp", str(layout.vpp), rule, "layout.vpp=1, or a batch that gives a multiple")
+
+
+def check_pipeline(stage: StageConfig, config: RunConfig) -> Iterator[Problem]:
+    layout, num_layers = stage.layout, config.model.num_layers
+    if layout.vpp > 1 and layout.pp == 1:
+        yield Problem("layout.vpp", str(layout.vpp), "virtual stages interleave a pipeline: layout.pp is 1", "layout.vpp=1")
+    if num_layers % (layout.pp * layout.vpp):
+        rule = f"pp * vpp ({layout.pp * layout.vpp}) must divide model.num_layers ({num_layers})"
+        fix = f"a product out of {_divisors(num_layers)}"
+        yield Problem("layout.pp", f"pp {layout.pp}, vpp {layout.vpp}", rule, fix)
+
+
+def check_tensor(stage: StageConfig, config: RunConfig) -> Iterator[Problem]:
+    tp, model = stage.layout.tp, config.model
+    split = ("num_attention_heads", "ffn_hidden_size", "padded_vocab_size")
+    undivided = [f"model.{name} ({getattr(model, name)})" for name in split if getattr(model, name) % tp]
+    # Fewer groups than ranks: Megatron gives several ranks the same group, which must come out even.
+    if model.num_query_groups % tp and tp % model.num_query_groups:
+        undivided.append(f"model.num_query_groups ({model.num_query_groups})")
+    if undivided:
+        sizes = [n for n in range(1, model.num_attention_heads + 1) if all(getattr(model, name) % n == 0 for name in split)]
+        good = [n for n in sizes if model.num_query_groups % n == 0 or n % model.num_query_groups == 0]
+        yield Problem("layout.tp", str(tp), f"it must divide {', '.join(undivided)}", f"one of {', '.join(map(str, good))}")
+
+
+def check_sequence(stage: StageConfig, config: RunConfig) -> Iterator[Problem]:
+    layout, seq_length = stage.layout, stage.stage.seq_length
+    if layout.sequence_parallel and layout.tp == 1:
+        rule = "sequence parallelism splits the sequence over tensor-parallel ranks: layout.tp is 1"
+        yield Problem("layout.sequence_parallel", "true", rule, "layout.sequence_parallel=false, or layout.tp of 2 or more")
+    if layout.sequence_parallel and seq_length % (layout.tp * layout.cp):
+        rule = f"with sequence parallelism tp * cp ({layout.tp * layout.cp}) must divide it"
+        yield Problem("stage.seq_length", str(seq_length), rule, "another seq_length, or layout.sequence_parallel=false")
+    if layout.cp > 1 and seq_length % (2 * layout.cp):
+        rule = f"context parallelism gives each rank two chunks: 2 * cp ({2 * layout.cp}) must divide it"
+        yield Problem("stage.seq_length", str(seq_length), rule, "another seq_length or a smaller layout.cp")
+
+
+def check_overlap(stage: StageConfig, config: RunConfig) -> Iterator[Problem]:
+    layout = stage.layout
+    for needed in ("distributed_optimizer", "overlap_grad_reduce"):
+        if layout.overlap_param_gather and not getattr(layout, needed):
+            rule = f"gathering parameters in the forward pass needs layout.{needed}"
+            yield Problem("layout.overlap_param_gather", "true", rule, f"layout.{needed}=true, or overlap_param_gather=false")
+
+
+def _divisors(number: int) -> str:
+    found = [str(n) for n in range(1, number + 1) if number % n == 0]
+    return ", ".join(found[:12]) + (", ..." if len(found) > 12 else "")
+
+
+LAYOUT_RULES: tuple[Callable[[StageConfig, RunConfig], Iterator[Problem]], ...] = (
+    check_world,
+    check_batch,
+    check_pipeline,
+    check_tensor,
+    check_sequence,
+    check_overlap,
+)

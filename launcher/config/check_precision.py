@@ -1,0 +1,66 @@
+"""Precision rules. megatron-core without transformer-engine ignores FP8 and says nothing, so it is refused here."""
+
+from collections.abc import Callable, Iterator
+
+from launcher.config.errors import Problem
+from launcher.config.schema import RunConfig, StageConfig
+
+
+def check_fp8_fields(stage: StageConfig, config: RunConfig) -> Iterator[Problem]:
+    precision = stage.precision
+    if precision.fp8 is None:
+        if precision.fp8_format is not None:
+            yield Problem("precision.fp8_format", precision.fp8_format, "precision.fp8 is null", "precision.fp8_format=null")
+        if precision.fp8_param_gather:
+            yield Problem("precision.fp8_param_gather", "true", "precision.fp8 is null", "precision.fp8_param_gather=false")
+        return
+    if precision.fp8_format is None:
+        yield Problem("precision.fp8_format", "null", "precision.fp8 needs one", "e4m3 or hybrid")
+    if precision.params_dtype != "bf16":
+        rule = "what FP8 leaves out is computed in bf16"
+        yield Problem("precision.params_dtype", precision.params_dtype, rule, "precision.params_dtype=bf16")
+    if precision.num_layers_at_start_in_bf16 + precision.num_layers_at_end_in_bf16 > config.model.num_layers:
+        found = f"{precision.num_layers_at_start_in_bf16} and {precision.num_layers_at_end_in_bf16} at the end"
+        rule = f"the model has {config.model.num_layers} layers"
+        yield Problem("precision.num_layers_at_start_in_bf16", found, rule, "fewer layers in bf16, or precision=bf16")
+
+
+def check_fp8_device(stage: StageConfig, config: RunConfig) -> Iterator[Problem]:
+    if stage.precision.fp8 and config.cluster.gpu is None:
+        rule = f"cluster {config.cluster.name} is CPU ranks, where megatron-core would silently train in higher precision"
+        yield Problem(
+            "precision.fp8", stage.precision.fp8, rule, "precision=bf16 or precision=fp32, or a cluster of Hopper GPUs"
+        )
+
+
+def check_fp8_shapes(stage: StageConfig, config: RunConfig) -> Iterator[Problem]:
+    """FP8 GEMMs take dimensions in multiples of 16 (transformer-engine); blockwise scales cover 128 values."""
+    layout, recipe = stage.layout, stage.precision.fp8
+    if recipe is None or config.model.num_attention_heads % layout.tp or config.model.ffn_hidden_size % layout.tp:
+        return
+    unit = 128 if recipe == "blockwise" else 16
+    for name, size in fp8_dimensions(stage, config).items():
+        if size % unit:
+            rule = f"FP8 {recipe} needs each rank's dimensions in multiples of {unit}: {name} is {size}"
+            yield Problem("precision.fp8", recipe, rule, "another layout.tp or model size, or precision=bf16")
+
+
+def fp8_dimensions(stage: StageConfig, config: RunConfig) -> dict[str, int]:
+    """Dimensions of the linear layers on one rank, and the tokens of one micro batch."""
+    model, layout = config.model, stage.layout
+    groups = max(1, model.num_query_groups // layout.tp)
+    heads = model.num_attention_heads // layout.tp
+    return {
+        "model.hidden_size": model.hidden_size,
+        "(num_attention_heads + 2 * num_query_groups) * kv_channels / tp": (heads + 2 * groups) * model.kv_channels,
+        "num_attention_heads * kv_channels / tp": heads * model.kv_channels,
+        "model.ffn_hidden_size / tp": model.ffn_hidden_size // layout.tp,
+        "micro_batch_size * seq_length / cp": layout.micro_batch_size * stage.stage.seq_length // layout.cp,
+    }
+
+
+PRECISION_RULES: tuple[Callable[[StageConfig, RunConfig], Iterator[Problem]], ...] = (
+    check_fp8_fields,
+    check_fp8_device,
+    check_fp8_shapes,
+)

@@ -1,0 +1,131 @@
+"""From override words to the frozen config: Hydra composes one tree a stage, here they become one RunConfig.
+
+Hydra holds one `stage` at a time. A run has several, so each stage of `run.stages` is composed with the same overrides, and
+what stages may differ in (layout, precision, optim, mixture) is kept apart.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
+
+import model_configs
+from launcher.config.check import check_run
+from launcher.config.errors import ConfigError, Problem
+from launcher.config.schema import SCHEMA_VERSION, RunConfig
+from launcher.config.validate import validate_run
+
+CONFIG_DIR = Path(model_configs.__file__).parent
+SHARED = ("run", "model", "tokenizer", "cluster", "monitor", "data")
+PER_STAGE = ("stage", "layout", "precision", "optim", "mixture")
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
+
+# Said without a stage, these would give every stage the first one's batch, learning rate or text. `layout=file` is let through:
+# a layout that does not fit a stage is refused by its own checks.
+BELONGS_TO_A_STAGE = re.compile(r"layout\.|optim(\.|$)|mixture(\.|$)")
+
+Tree = dict[str, Any]
+
+
+def compose_run(overrides: Sequence[str], *, config_dir: str | None = None, base: DictConfig | None = None) -> RunConfig:
+    """The checked config of the run the overrides describe, with the stages they select.
+
+    `config_dir` is a folder of more YAML (Hydra's --config-dir). Inside a Hydra app the app's own search path is used, and
+    `base` is the tree Hydra has already composed from the same overrides. Raises ConfigError with all problems."""
+    from launcher.config.explain import explain
+
+    with hydra_session(config_dir) as searchpath:
+        words = [*searchpath, *overrides]
+        try:
+            tree = compose_tree(words, base=base)
+        except COMPOSITION_ERRORS as error:
+            raise explain(error, words) from error
+    config = validate_run(tree)
+    check_run(config)
+    return config
+
+
+@contextmanager
+def hydra_session(config_dir: str | None) -> Iterator[list[str]]:
+    """Makes `compose` work; yields the overrides that put config_dir on its search path."""
+    if GlobalHydra.instance().is_initialized():
+        yield []
+        return
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        yield [] if config_dir is None else [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
+
+
+def compose_tree(overrides: Sequence[str], *, base: DictConfig | None = None) -> Tree:
+    """The plain, resolved tree of the selected stages, not validated yet."""
+    base = compose("config", list(overrides)) if base is None else base
+    selected = select_stages(overrides, base)
+    common = [word for word in overrides if override_key(word) != "stage"]
+    trees = {}
+    for name in selected:
+        composed = base if OmegaConf.select(base, "stage.name") == name else compose("config", [*common, f"stage={name}"])
+        trees[name] = resolve(composed)
+    return merge_stages(trees)
+
+
+def override_key(word: str) -> str:
+    """`++layout.tp=2` -> `layout.tp`."""
+    return word.partition("=")[0].lstrip("+~")
+
+
+def select_stages(overrides: Sequence[str], base: DictConfig) -> list[str]:
+    """The stages to deal with: all of run.stages, or the one that `stage=` names."""
+    known = stages_of_run(base)
+    chosen = [word.partition("=")[2] for word in overrides if override_key(word) == "stage"][-1:]
+    unknown = [name for name in chosen if name not in known]
+    if unknown:
+        raise ConfigError(stage_not_in_run(unknown[0], base))
+    selected = chosen or known
+    if len(selected) > 1:
+        refuse_bare_overrides(overrides, selected)
+    return selected
+
+
+def stages_of_run(base: DictConfig) -> list[str]:
+    known = OmegaConf.select(base, "run.stages")
+    return [str(name) for name in known] if OmegaConf.is_list(known) and len(known) else [base.stage.name]
+
+
+def stage_not_in_run(name: str, base: DictConfig) -> Problem:
+    known = stages_of_run(base)
+    rule = f"run {base.run.name!r} has the stages {', '.join(known)}"
+    return Problem("stage", repr(name), rule, f"{' or '.join(f'stage={name}' for name in known)}, or name it in run.stages")
+
+
+def refuse_bare_overrides(overrides: Sequence[str], selected: Sequence[str]) -> None:
+    """Refuses to give several stages one layout field, optimizer or mixture by a word that was meant for one."""
+    names = " or ".join(f"stage={name}" for name in selected)
+    rule = f"it belongs to one stage and {len(selected)} are selected"
+    bare = [word for word in overrides if BELONGS_TO_A_STAGE.match(override_key(word))]
+    if bare:
+        raise ConfigError(*(Problem(override_key(word), f"the override {word!r}", rule, f"add {names}") for word in bare))
+
+
+def resolve(tree: DictConfig) -> Tree:
+    plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=False)
+    return {key: value for key, value in plain.items() if key != "hydra"} if isinstance(plain, dict) else {}  # type: ignore[misc]
+
+
+def merge_stages(trees: dict[str, Tree]) -> Tree:
+    """One tree of the run from one tree a stage. What all stages share must not differ between them."""
+    first = next(iter(trees.values()))
+    differing = [key for key in SHARED if any(tree.get(key) != first.get(key) for tree in trees.values())]
+    if differing:
+        rule = "a stage file may set stage, layout, precision, optim and mixture only; the rest is the run's"
+        found = f"another value in each of {', '.join(trees)}"
+        raise ConfigError(*(Problem(key, found, rule, f"set {key} in the run file") for key in differing))
+    shared = {key: value for key, value in first.items() if key not in PER_STAGE}
+    stages = [{key: tree[key] for key in PER_STAGE if key in tree} for tree in trees.values()]
+    return {"schema_version": SCHEMA_VERSION, **shared, "stages": stages}

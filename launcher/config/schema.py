@@ -1,0 +1,236 @@
+"""The frozen config: one typed, immutable tree a run is built from. YAML owns the values, these types own the constraints.
+
+Names are Megatron's. Units stand in the name (`_tokens`, `_s`). A run is one model, tokenizer, cluster and data order, and a
+list of stages, each with its own layout, precision, optimizer and mixture.
+"""
+
+from dataclasses import KW_ONLY
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from data_prep.spec import STRICT, DataSettings, Float, Int, Mixture, Positive, PositiveInt, TokenizerSpec
+
+SCHEMA_VERSION = 1
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
+NonNegative = Annotated[Float, Field(ge=0.0, allow_inf_nan=False)]
+Probability = Annotated[Float, Field(ge=0.0, lt=1.0)]
+
+
+@dataclass(config=STRICT, frozen=True)
+class RunSettings:
+    """Who the run is. `stages` are stage file names, in the order they are trained."""
+
+    _: KW_ONLY
+    name: Name
+    seed: Annotated[Int, Field(ge=0, lt=2**31)]
+    runs_dir: str
+    data_dir: str
+    stages: Annotated[tuple[Name, ...], Field(min_length=1)]
+
+
+@dataclass(config=STRICT, frozen=True)
+class ModelConfig:
+    """A decoder-only transformer. `attention_bias` is a bias on Q, K and V; `mlp_bias` on every other linear layer but the
+    LM head (Megatron's add_qkv_bias and add_bias_linear). `family` names the Hugging Face class it exports to; null: it is
+    trained and planned, not exported."""
+
+    _: KW_ONLY
+    name: Name
+    family: Literal["phi3", "llama"] | None
+    num_layers: PositiveInt
+    hidden_size: PositiveInt
+    num_attention_heads: PositiveInt
+    num_query_groups: PositiveInt
+    kv_channels: PositiveInt
+    ffn_hidden_size: PositiveInt
+    activation: Literal["swiglu", "gelu", "squared_relu"]
+    normalization: Literal["rmsnorm", "layernorm"]
+    vocab_size: PositiveInt
+    padded_vocab_size: PositiveInt
+    tied_embeddings: bool
+    layernorm_epsilon: Positive
+    init_method_std: Positive
+    hidden_dropout: Probability
+    attention_dropout: Probability
+    attention_bias: bool
+    mlp_bias: bool
+
+
+@dataclass(config=STRICT, frozen=True)
+class Validation:
+    """Held-out loss per source, every `interval_tokens` and at the stage's end, on at most `max_tokens` of each source."""
+
+    _: KW_ONLY
+    interval_tokens: Positive
+    max_tokens: PositiveInt
+
+
+@dataclass(config=STRICT, frozen=True)
+class CheckpointPolicy:
+    """A checkpoint every `interval_tokens` and at the stage's end; the `keep_last` newest stay, stage ends always."""
+
+    _: KW_ONLY
+    interval_tokens: Positive
+    keep_last: PositiveInt
+
+
+@dataclass(config=STRICT, frozen=True)
+class StageSettings:
+    """What is trained: sequence length, batch (in sequences), token horizon, RoPE base, and the stage it starts from."""
+
+    _: KW_ONLY
+    name: Name
+    seq_length: PositiveInt
+    global_batch_size: PositiveInt
+    tokens: Positive
+    rotary_base: PositiveInt
+    init_from: Name | None
+    validation: Validation
+    checkpoint: CheckpointPolicy
+
+
+@dataclass(config=STRICT, frozen=True)
+class Layout:
+    """How a step is spread over the ranks. The data-parallel size is derived: world size / (tp * pp * cp)."""
+
+    _: KW_ONLY
+    tp: PositiveInt
+    pp: PositiveInt
+    vpp: PositiveInt
+    cp: PositiveInt
+    sequence_parallel: bool
+    micro_batch_size: PositiveInt
+    recompute: Literal["none", "selective", "full"]
+    distributed_optimizer: bool
+    overlap_grad_reduce: bool
+    overlap_param_gather: bool
+
+    @property
+    def model_parallel_size(self) -> int:
+        return self.tp * self.pp * self.cp
+
+
+@dataclass(config=STRICT, frozen=True)
+class Precision:
+    """Compute precision. `fp8` names transformer-engine's recipe; it needs a Hopper GPU and is refused elsewhere."""
+
+    _: KW_ONLY
+    name: Name
+    params_dtype: Literal["fp32", "bf16"]
+    grad_reduce_in_fp32: bool
+    fp8: Literal["delayed", "tensorwise", "blockwise"] | None
+    fp8_format: Literal["e4m3", "hybrid"] | None
+    fp8_param_gather: bool
+    fp8_amax_history_len: PositiveInt
+    num_layers_at_start_in_bf16: Annotated[Int, Field(ge=0)]
+    num_layers_at_end_in_bf16: Annotated[Int, Field(ge=0)]
+
+
+@dataclass(config=STRICT, frozen=True)
+class Optim:
+    """AdamW. Learning rate rises linearly over `warmup_tokens`, then follows `schedule` to `min_lr` at the stage's end."""
+
+    _: KW_ONLY
+    lr: Positive
+    min_lr: NonNegative
+    warmup_tokens: NonNegative
+    schedule: Literal["linear", "cosine", "constant"]
+    weight_decay: NonNegative
+    betas: tuple[Probability, Probability]
+    eps: Positive
+    clip_grad: NonNegative
+
+
+@dataclass(config=STRICT, frozen=True)
+class Network:
+    """Bandwidths a GPU sees, one direction, in GB/s: inside the node and between nodes."""
+
+    _: KW_ONLY
+    intra_node_gb_per_s: Positive
+    inter_node_gb_per_s: Positive
+
+
+@dataclass(config=STRICT, frozen=True)
+class Cluster:
+    """Where ranks run. `gpu: null` means CPU ranks over gloo, `gpus_per_node` of them. `master_port: null` takes a free one.
+    Slurm's own fields are passed to sbatch as they are."""
+
+    _: KW_ONLY
+    name: Name
+    kind: Literal["local", "slurm"]
+    num_nodes: PositiveInt
+    gpus_per_node: PositiveInt
+    gpu: Literal["h100_sxm", "h200_sxm"] | None
+    master_port: Annotated[Int, Field(ge=1024, lt=65536)] | None
+    timeout_s: PositiveInt
+    partition: str | None
+    account: str | None
+    time_limit: str | None
+    container: str | None
+    setup: tuple[str, ...]
+    env: dict[str, str]
+    network: Network | None
+
+    @property
+    def world_size(self) -> int:
+        return self.num_nodes * self.gpus_per_node
+
+
+@dataclass(config=STRICT, frozen=True)
+class Wandb:
+    """Weights & Biases. `offline` writes under the run directory without a network; `disabled` does not import it."""
+
+    _: KW_ONLY
+    mode: Literal["online", "offline", "disabled"]
+    project: str
+    entity: str | None
+    group: str | None
+
+
+@dataclass(config=STRICT, frozen=True)
+class Monitor:
+    """What is shown and logged: a metrics row every `log_interval` steps; `console` is the live view of `phidias train`."""
+
+    _: KW_ONLY
+    log_interval: PositiveInt
+    console: Literal["auto", "rich", "plain"]
+    tensorboard: bool
+    wandb: Wandb
+
+
+@dataclass(config=STRICT, frozen=True)
+class StageConfig:
+    """One stage of the run, with everything that may differ between stages."""
+
+    _: KW_ONLY
+    stage: StageSettings
+    layout: Layout
+    precision: Precision
+    optim: Optim
+    mixture: Mixture
+
+
+@dataclass(config=STRICT, frozen=True)
+class RunConfig:
+    """The whole frozen config, as `config.yaml` of the run directory holds it."""
+
+    _: KW_ONLY
+    schema_version: Literal[1]
+    run: RunSettings
+    model: ModelConfig
+    tokenizer: TokenizerSpec
+    cluster: Cluster
+    monitor: Monitor
+    data: DataSettings
+    stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)]
+
+    def stage(self, name: str) -> StageConfig:
+        """The stage of that name; KeyError where the run has none."""
+        return {stage.stage.name: stage for stage in self.stages}[name]
+
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        return tuple(stage.stage.name for stage in self.stages)

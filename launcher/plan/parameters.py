@@ -1,0 +1,77 @@
+"""Parameter counts and FLOPs per token of a model, exactly.
+
+Conventions for FLOPs of training (forward and backward, a multiply-add as two):
+full     every matrix product as computed without a mask: attention over the whole sequence (NeMo 24, Megatron-LM's README)
+causal   the half of attention that the causal mask keeps (Megatron-Bridge 25)
+sixn     6 times the parameters, attention left out
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from launcher.config.schema import Layout, ModelConfig
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Of the whole model, or of what one rank holds."""
+
+    embedding: int
+    layers: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.layers + self.head
+
+
+def count_parameters(model: ModelConfig) -> ParameterCount:
+    """The whole model; the head holds the last norm, and the output matrix where embeddings are not tied."""
+    table = model.padded_vocab_size * model.hidden_size
+    head = 0 if model.tied_embeddings else table
+    return ParameterCount(table, model.num_layers * layer_parameters(model, tp=1), head + norm_parameters(model))
+
+
+def layer_parameters(model: ModelConfig, *, tp: int) -> int:
+    """Parameters of one layer on one of `tp` tensor-parallel ranks. Norms and the biases of row-parallel layers are on each."""
+    hidden, channels = model.hidden_size, model.kv_channels
+    # With fewer groups than ranks, several ranks compute the same group, but its weights are split all the same.
+    qkv = (model.num_attention_heads + 2 * model.num_query_groups) * channels // tp
+    fc1 = (2 if model.activation == "swiglu" else 1) * model.ffn_hidden_size // tp
+    weights = hidden * (qkv + model.num_attention_heads * channels // tp + fc1 + model.ffn_hidden_size // tp)
+    qkv_bias = qkv if model.attention_bias or model.mlp_bias else 0
+    other_bias = fc1 + 2 * hidden if model.mlp_bias else 0
+    return weights + qkv_bias + other_bias + 2 * norm_parameters(model)
+
+
+def norm_parameters(model: ModelConfig) -> int:
+    return model.hidden_size * (2 if model.normalization == "layernorm" else 1)
+
+
+def count_by_stage(model: ModelConfig, layout: Layout) -> list[ParameterCount]:
+    """Parameters on one rank of each pipeline stage, first stage first. A tied table lies on the first and the last one."""
+    table = model.padded_vocab_size // layout.tp * model.hidden_size
+    layers = model.num_layers // layout.pp * layer_parameters(model, tp=layout.tp)
+    head = norm_parameters(model) + (0 if model.tied_embeddings and layout.pp == 1 else table)
+    stages = range(layout.pp)
+    return [ParameterCount(table if i == 0 else 0, layers, head if i == layout.pp - 1 else 0) for i in stages]
+
+
+def flops_per_token(model: ModelConfig, *, seq_length: int) -> dict[str, float]:
+    """Training FLOPs per token under each convention."""
+    matrices = 6.0 * sum(matrix_parameters(model))
+    # Scores and weighted values: 2 products of 2 * heads * channels * seq_length, forward and twice backward.
+    attention = 12.0 * model.num_layers * model.num_attention_heads * model.kv_channels * seq_length
+    return {
+        "full": matrices + attention,
+        "causal": matrices + attention / 2,
+        "sixn": 6.0 * count_parameters(model).total,
+    }
+
+
+def matrix_parameters(model: ModelConfig) -> Iterable[int]:
+    """Weights that a token is multiplied with: the layers' matrices and the output matrix, not the embedding look-up."""
+    qkv = (model.num_attention_heads + 2 * model.num_query_groups) * model.kv_channels
+    ffn = (3 if model.activation == "swiglu" else 2) * model.ffn_hidden_size
+    yield model.num_layers * model.hidden_size * (qkv + model.num_attention_heads * model.kv_channels + ffn)
+    yield model.padded_vocab_size * model.hidden_size

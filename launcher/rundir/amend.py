@@ -1,0 +1,67 @@
+"""What may change in a run that exists, and what makes it another run."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.config.schema import RunConfig
+from launcher.config.validate import dump_run, shown
+from launcher.rundir.paths import RunDir
+
+Change = tuple[str, Any, Any]  # dotted path, frozen value, new value
+ABSENT = "absent"
+
+# A run is its model, its tokenizer and its data order. Paths may move, the manifests' fingerprints tell whether the text is the
+# same; caps and guesses about sizes are not part of the order.
+FIXED = re.compile(
+    r"model\.|run\.seed$|tokenizer\.(kind|eod)$|data\.(chunk_tokens|group_tokens|held_out_fraction)$"
+    r"|stages\.[^.]+\.stage\.(seq_length|rotary_base|init_from)$"
+    r"|stages\.[^/]+\.mixture\.sources\.(?!.*\.(inputs|max_epochs|unique_tokens)$)"
+)
+
+
+@dataclass(frozen=True)
+class Changes:
+    refused: list[Change]
+    amended: list[Change]
+    added_stages: list[str]
+
+
+def compare(frozen: RunConfig, config: RunConfig) -> Changes:
+    """What `config` changes in the frozen one. Stages it does not select stay as they are."""
+    added = [name for name in config.stage_names if name not in frozen.stage_names]
+    before, after = by_stage_name(frozen), by_stage_name(config)
+    common = {name: row for name, row in before["stages"].items() if name in after["stages"]}
+    after["stages"] = {name: row for name, row in after["stages"].items() if name in common}
+    changes = list(differences({**before, "stages": common}, after))
+    lost = [name for name in frozen.stage_names if name not in config.run.stages]
+    refused = [change for change in changes if FIXED.match(change[0]) or (change[0] == "run.stages" and lost)]
+    return Changes(refused, [change for change in changes if change not in refused], added)
+
+
+def by_stage_name(config: RunConfig) -> dict[str, Any]:
+    """The plain tree with stages by name, so that a path says which one."""
+    tree = dump_run(config)
+    return {**tree, "stages": {row["stage"]["name"]: row for row in tree["stages"]}}
+
+
+def differences(before: Any, after: Any, path: str = "") -> Iterator[Change]:
+    """Leaves that differ, by dotted path; a list is a leaf."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in dict.fromkeys([*before, *after]):
+            inner = f"{path}.{key}" if path else str(key)
+            yield from differences(before.get(key, ABSENT), after.get(key, ABSENT), inner)
+    elif before != after:
+        yield path, before, after
+
+
+def describe_refusal(run: RunDir, refused: list[Change]) -> str:
+    lines = [f"  {path}: the run has {shown(old)}, asked for {shown(new)}" for path, old, new in refused]
+    return "\n".join(
+        [
+            f"{run.root} is another run: it differs in what cannot change once a run exists:",
+            *lines,
+            "Fix: another run.name for the changed config, or the frozen values for this run",
+        ]
+    )

@@ -1,0 +1,88 @@
+"""Checkpoints on disk, as seen without torch: which are there, which are whole, which is the newest.
+
+checkpoints/<stage>/step_00000100/   the sharded tensors and meta.json
+checkpoints/<stage>/index.jsonl      one row a finished checkpoint, append-only
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.rundir.paths import RunDir
+from launcher.rundir.records import read_json, read_records
+
+FORMAT_VERSION = 1
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be written or read: what was found, the rule, the fix."""
+
+
+@dataclass(frozen=True)
+class Meta:
+    """meta.json: what a checkpoint is. `ledger` is what the run had consumed, `start_ledger` where the stage began."""
+
+    format_version: int
+    stage: str
+    step: int
+    samples: int
+    tokens: int
+    finished: bool
+    layout: dict[str, int]
+    ledger: dict[str, dict[str, int]]
+    start_ledger: dict[str, dict[str, int]]
+    tokens_by_source: dict[str, int]
+    files: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint found on disk."""
+
+    path: Path
+    meta: Meta
+
+
+def read_checkpoint(path: Path) -> Saved:
+    """A checkpoint whose files are all there in the sizes they were written with; CheckpointError otherwise."""
+    try:
+        meta = Meta(**read_json(path / "meta.json"))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: meta.json is missing or unreadable ({error}); the checkpoint is torn") from error
+    if meta.format_version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format {meta.format_version}, this version reads up to {FORMAT_VERSION}; use the newer one"
+        )
+    for name, size in meta.files.items():
+        found = (path / name).stat().st_size if (path / name).exists() else None
+        if found != size:
+            raise CheckpointError(f"{path / name}: found {found} bytes, written with {size}; the checkpoint is torn")
+    return Saved(path, meta)
+
+
+def newest_checkpoint(run: RunDir, stage: str, *, finished: bool = False) -> tuple[Saved | None, list[str]]:
+    """The newest valid checkpoint of a stage (`finished`: a stage's end only), and why newer ones were passed over."""
+    directory, refused = run.checkpoints(stage), []
+    names = dict.fromkeys(row["path"] for row in read_records(directory / "index.jsonl"))
+    for name in reversed(names):
+        if not (directory / name).exists():
+            continue  # pruned
+        try:
+            saved = read_checkpoint(directory / name)
+        except CheckpointError as error:
+            refused.append(str(error))
+            continue
+        if saved.meta.finished or not finished:
+            return saved, refused
+    return None, refused
+
+
+def prune(directory: Path, *, keep_last: int) -> None:
+    """Removes all but the newest `keep_last` checkpoints, and all leftovers of writes that never finished. The end of a
+    stage stays."""
+    for leftover in directory.glob("*.partial"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    steps = sorted(path for path in directory.glob("step_*") if (path / "meta.json").exists())
+    for path in steps[:-keep_last]:
+        if not read_json(path / "meta.json")["finished"]:
+            shutil.rmtree(path)

@@ -1,0 +1,131 @@
+"""The frozen config of a run directory: written once, read by every rank and later stage, changed by recorded amendments."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from launcher.config.check import check_run
+from launcher.config.errors import ConfigError
+from launcher.config.schema import SCHEMA_VERSION, RunConfig, StageConfig
+from launcher.config.validate import dump_run, validate_run
+from launcher.plan.document import plan_document
+from launcher.rundir.amend import Changes, compare, describe_refusal
+from launcher.rundir.code import code_version
+from launcher.rundir.exits import RunStateError
+from launcher.rundir.lock import lock_run
+from launcher.rundir.paths import RunDir
+from launcher.rundir.records import append_record, read_json, write_atomic, write_json
+
+# From each older schema_version to the next, so that new code resumes old runs.
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+HEADER = "# Frozen by phidias {version}. Ranks read this file; change it by overrides to `phidias train`, not by hand.\n"
+
+
+def open_run(config: RunConfig) -> RunDir:
+    """The run's directory, created or opened again, with `config` frozen in it.
+
+    Stages that it does not hold yet are added; what may change (layout, cluster, batch, tokens, ...) is amended and recorded.
+    RunStateError where the directory is another run's, is live, or differs in what a run is; ConfigError where the stages
+    together break a rule that each one keeps."""
+    run = RunDir(Path(config.run.runs_dir) / config.run.name)
+    refuse_foreign(run)
+    run.root.mkdir(parents=True, exist_ok=True)
+    with lock_run(run):
+        if run.config.exists():
+            _reopen(run, config)
+        else:
+            _write(run, config)
+            append_record(run.events, "created", stages=list(config.stage_names))
+        _record_code(run)
+    return run
+
+
+def read_config(run: RunDir) -> RunConfig:
+    """The frozen config, brought up to this code's schema. RunStateError where there is none that this code can read."""
+    try:
+        tree = yaml.safe_load(run.config.read_text())
+        version = tree["schema_version"]
+    except FileNotFoundError:
+        raise RunStateError(f"no run at {run.root}: {run.config} is missing. Fix: check runs_dir and the run's name") from None
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise RunStateError(
+            f"{run.config} is not a frozen config: {error}. Fix: restore the file; it is not edited by hand"
+        ) from error
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        found = f"{run.config} has schema_version {version}; this code reads up to {SCHEMA_VERSION}"
+        raise RunStateError(f"{found}. Fix: use the phidias that wrote it (see code.json), or a newer one")
+    try:
+        return validate_run(upgrade(tree))
+    except ConfigError as error:
+        raise RunStateError(f"{run.config} was changed by hand: {error}. Fix: restore the file") from error
+
+
+def upgrade(tree: dict[str, Any]) -> dict[str, Any]:
+    while tree["schema_version"] < SCHEMA_VERSION:
+        tree = {**UPGRADES[tree["schema_version"]](tree), "schema_version": tree["schema_version"] + 1}
+    return tree
+
+
+def refuse_foreign(run: RunDir) -> None:
+    """A folder with files of someone else must not become a run."""
+    if run.config.exists() or not run.root.exists():
+        return
+    if not run.root.is_dir():
+        raise RunStateError(f"{run.root} is a file; a run is a directory. Fix: another run.name or run.runs_dir")
+    # A crash before the config was written leaves the lock or a temporary file behind.
+    names = sorted(path.name for path in run.root.iterdir())
+    foreign = [name for name in names if name != run.lock.name and not name.startswith(".config.yaml")]
+    if foreign:
+        found = f"{run.root} holds {', '.join(foreign[:3])}{' ...' if len(foreign) > 3 else ''} and no config.yaml"
+        raise RunStateError(f"{found}: it is not a run. Fix: another run.name, or move these files away")
+
+
+def _reopen(run: RunDir, config: RunConfig) -> None:
+    frozen = read_config(run)
+    changes = compare(frozen, config)
+    if changes.refused:
+        raise RunStateError(describe_refusal(run, changes.refused))
+    merged = merge(frozen, config)
+    if merged != frozen:
+        check_run(merged)
+        _write(run, merged)
+        _record(run, changes)
+
+
+def merge(frozen: RunConfig, config: RunConfig) -> RunConfig:
+    """`config`, together with the frozen stages that it does not select, in the order of run.stages."""
+    rows: dict[str, StageConfig] = {stage.stage.name: stage for stage in (*frozen.stages, *config.stages)}
+    return replace(config, stages=tuple(rows[name] for name in config.run.stages if name in rows))
+
+
+def _write(run: RunDir, config: RunConfig) -> None:
+    text = yaml.safe_dump(dump_run(config), sort_keys=False, width=128, allow_unicode=True)
+    write_atomic(run.config, HEADER.format(version=code_version()["version"]) + text)
+    write_json(run.plan, plan_document(config))
+
+
+def _record(run: RunDir, changes: Changes) -> None:
+    for name in changes.added_stages:
+        append_record(run.events, "stage_added", stage=name)
+    if changes.amended:
+        append_record(run.events, "amended", changes={path: [old, new] for path, old, new in changes.amended})
+
+
+def _record_code(run: RunDir) -> None:
+    """code.json says what code works on the run now; events say when that changed."""
+    code = code_version()
+    before = read_json(run.code) if run.code.exists() else None
+    if before == code:
+        return
+    write_json(run.code, code)
+    if before is not None:
+        append_record(run.events, "code_changed", changes=dict(_differing(before, code)))
+
+
+def _differing(before: dict[str, Any], after: dict[str, Any]) -> Iterable[tuple[str, list[Any]]]:
+    for key in before.keys() | after.keys():
+        if before.get(key) != after.get(key):
+            yield key, [before.get(key), after.get(key)]

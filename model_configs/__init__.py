@@ -1,0 +1,1 @@
+"""Hydra YAML: every value of a run, and nothing but values. docs/configuration.md is the guide."""
