@@ -1,0 +1,255 @@
+"""manifest.json of a source: what its shards hold, what made them, and the checksums that prove it.
+
+Reading needs numpy and pydantic alone. Fields and rules: docs/data_format.md.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import KW_ONLY, asdict
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from data_prep.errors import DataError
+from data_prep.indexed import Ids, Index, ShardEntry, map_tokens, naming_full_disk, partial, read_index, sync_directory
+from data_prep.spec import STRICT
+
+__all__ = [
+    "Manifest",
+    "ShardEntry",
+    "SplitEntry",
+    "TokenizerEntry",
+    "import_shards",
+    "read_manifest",
+    "verify_source",
+    "write_manifest",
+]
+
+FORMAT_VERSION = 1
+FILE = "manifest.json"
+BLOCK_TOKENS = 1 << 22
+
+
+@dataclass(config=STRICT, frozen=True)
+class TokenizerEntry:
+    """Which tokenizer wrote the ids; equal fingerprints mean equal ids for equal text."""
+
+    _: KW_ONLY
+    kind: str
+    fingerprint: str
+    vocab_size: int
+    eod_id: int
+
+
+@dataclass(config=STRICT, frozen=True)
+class SplitEntry:
+    """The shards of one split, in the order their token streams are laid end to end."""
+
+    _: KW_ONLY
+    documents: int
+    tokens: int
+    shards: tuple[ShardEntry, ...]
+
+
+@dataclass(config=STRICT, frozen=True)
+class Manifest:
+    """A source on disk. `text_bytes`: UTF-8 bytes of its documents. `settings`: what made it, compared on the next run."""
+
+    _: KW_ONLY
+    format_version: int
+    source: str
+    dtype: Literal["int32", "uint16"]
+    tokenizer: TokenizerEntry
+    text_bytes: int
+    train: SplitEntry
+    held_out: SplitEntry
+    settings: dict[str, bool | int | float | str]
+    rejected_rows: int
+    empty_documents: int
+
+
+def dtype_for(vocab_size: int) -> Literal["int32", "uint16"]:
+    """Megatron's rule, so that its readers and ours agree on the bytes."""
+    return "uint16" if vocab_size < 65_500 else "int32"
+
+
+def split_of(shards: Sequence[ShardEntry]) -> SplitEntry:
+    """The split that these shards make up."""
+    return SplitEntry(
+        documents=sum(shard.documents for shard in shards), tokens=sum(shard.tokens for shard in shards), shards=tuple(shards)
+    )
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of the source in `directory`. DataError where it is missing, unreadable or newer than this code."""
+    path = directory / FILE
+    try:
+        fields = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise DataError(
+            f"no data for source '{directory.name}': {path} is missing; "
+            "a source is read from its shards and their manifest; run `phidias data` first, or correct run.data_dir"
+        ) from error
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}); remove {directory} and run `phidias data`") from error
+    version = fields.get("format_version") if isinstance(fields, dict) else None
+    if version != FORMAT_VERSION:
+        raise DataError(f"{path} has format_version {version!r}; this code reads {FORMAT_VERSION}; use the code that wrote it")
+    try:
+        return TypeAdapter(Manifest).validate_python(fields)
+    except ValidationError as error:
+        raise DataError(f"{path} is not a manifest: {error}; remove {directory} and run `phidias data`") from error
+
+
+def write_manifest(directory: Path, *, manifest: Manifest) -> None:
+    """Writes manifest.json in one step: readers see the old one, the new one, or none. DataError: the disk is full."""
+    path = directory / FILE
+    try:
+        with naming_full_disk(path), partial(path).open("w", encoding="utf-8") as file:
+            json.dump(asdict(manifest), file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        partial(path).replace(path)
+    finally:
+        partial(path).unlink(missing_ok=True)
+    sync_directory(directory)
+
+
+def import_shards(directory: Path, *, source: str, tokenizer: TokenizerEntry, held_out: Sequence[str] = ()) -> Manifest:
+    """Writes a manifest for shards that Megatron wrote into `directory`, after reading them whole; the files stay as they are.
+
+    `held_out` names the stems kept for validation; the others, in the order of their names, are for training.
+    DataError: a document that does not end in EOD, an id outside the vocabulary, holes in a .bin, shards of several dtypes."""
+    stems = sorted(path.stem for path in directory.glob("*.idx"))
+    unknown = sorted(set(held_out) - set(stems))
+    if not stems or unknown:
+        raise DataError(
+            f"{directory} holds shards {stems}, asked for {unknown or 'any'}; give the folder of .bin and .idx files"
+        )
+    indexes = {stem: read_index(directory / f"{stem}.idx") for stem in stems}
+    dtypes = sorted({index.dtype.name for index in indexes.values()})
+    if dtypes not in (["int32"], ["uint16"]):
+        raise DataError(f"{directory} holds token ids as {dtypes}; a source has one of int32, uint16; convert the shards")
+    entries = {stem: _import_shard(directory / stem, index=index, tokenizer=tokenizer) for stem, index in indexes.items()}
+    manifest = TypeAdapter(Manifest).validate_python(
+        {
+            "format_version": FORMAT_VERSION,
+            "source": source,
+            "dtype": dtypes[0],
+            "tokenizer": tokenizer,
+            "text_bytes": 0,  # the text is not here to be counted
+            "train": split_of([entries[stem] for stem in stems if stem not in held_out]),
+            "held_out": split_of([entries[stem] for stem in stems if stem in held_out]),
+            "settings": {"imported": True},
+            "rejected_rows": 0,
+            "empty_documents": 0,
+        }
+    )
+    if not manifest.train.tokens:
+        raise DataError(f"{directory} holds no training documents; a source needs at least one shard outside held_out")
+    write_manifest(directory, manifest=manifest)
+    return manifest
+
+
+def verify_source(directory: Path) -> list[str]:
+    """What is wrong with the shards of a source, against its manifest: one line a finding, none where all is well."""
+    manifest = read_manifest(directory)
+    shards = (*manifest.train.shards, *manifest.held_out.shards)
+    return [problem for shard in shards for problem in _verify_shard(directory / shard.file, shard=shard)]
+
+
+def _verify_shard(stem: Path, *, shard: ShardEntry) -> list[str]:
+    bin_path, idx_path = _files(stem)
+    try:
+        index = read_index(idx_path)
+        tokens = map_tokens(bin_path, index)
+    except DataError as error:
+        return [str(error)]
+    found = _entry_of(stem, index=index, bin_xxh3=_hash(block.data for block in _blocks(tokens)))
+    wanted = asdict(shard)
+    return [
+        f"{stem}: {key} is {value}, the manifest says {wanted[key]}; prepare or copy the source again"
+        for key, value in asdict(found).items()
+        if value != wanted[key]
+    ]
+
+
+def _import_shard(stem: Path, *, index: Index, tokenizer: TokenizerEntry) -> ShardEntry:
+    bin_path, idx_path = _files(stem)
+    _check_contiguous(idx_path, index=index)
+    tokens = map_tokens(bin_path, index)
+    _check_documents(bin_path, tokens=tokens, index=index, eod_id=tokenizer.eod_id)
+    blocks = (_checked_ids(block, bin_path=bin_path, vocab_size=tokenizer.vocab_size).data for block in _blocks(tokens))
+    return _entry_of(stem, index=index, bin_xxh3=_hash(blocks))
+
+
+def _checked_ids(block: Ids, *, bin_path: Path, vocab_size: int) -> Ids:
+    low, high = int(block.min()), int(block.max())
+    if low < 0 or high >= vocab_size:
+        raise DataError(
+            f"{bin_path} holds token ids from {low} to {high}; the tokenizer has ids 0 to {vocab_size - 1}; "
+            "name the tokenizer that wrote these shards"
+        )
+    return block
+
+
+def _entry_of(stem: Path, *, index: Index, bin_xxh3: str) -> ShardEntry:
+    """What the files of a shard hold now."""
+    return ShardEntry(
+        file=stem.name,
+        documents=index.num_documents,
+        tokens=index.num_tokens,
+        bin_bytes=index.num_tokens * index.dtype.itemsize,
+        bin_xxh3=bin_xxh3,
+        idx_xxh3=_hash([_files(stem)[1].read_bytes()]),
+    )
+
+
+def _files(stem: Path) -> tuple[Path, Path]:
+    return stem.with_name(f"{stem.name}.bin"), stem.with_name(f"{stem.name}.idx")
+
+
+def _hash(blocks: Iterable[memoryview | bytes]) -> str:
+    import xxhash  # the data extra; reading a manifest does without
+
+    digest = xxhash.xxh3_128()
+    for block in blocks:
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _check_contiguous(idx_path: Path, *, index: Index) -> None:
+    """A source is read as one stream of tokens, whatever its sequences: holes and overlaps would be read as text."""
+    lengths = index.sequence_lengths.astype(np.int64)
+    ends = np.cumsum(lengths) * index.dtype.itemsize
+    if (
+        (lengths < 0).any()
+        or (np.diff(index.document_indices) < 0).any()
+        or (index.pointers != ends - lengths * index.dtype.itemsize).any()
+    ):
+        raise DataError(f"{idx_path} describes sequences that do not lie end to end in the .bin; write these shards again")
+
+
+def _check_documents(bin_path: Path, *, tokens: Ids, index: Index, eod_id: int) -> None:
+    """Borders inside a window are found from EOD alone, so every document must end in one."""
+    borders = np.concatenate([[0], np.cumsum(index.sequence_lengths, dtype=np.int64)])[index.document_indices]  # [D + 1]
+    wrong = np.diff(borders) == 0
+    wrong[~wrong] = tokens[borders[1:][~wrong] - 1] != eod_id
+    if not wrong.any():
+        return
+    document = int(np.argmax(wrong))
+    start, end = borders[document : document + 2]
+    found = "is empty" if start == end else f"ends in token {tokens[end - 1]}"
+    raise DataError(
+        f"{bin_path}: document {document} {found} ({wrong.sum():,} of {len(wrong):,} documents break the rule); "
+        f"every document must end in EOD ({eod_id}); write them with --append-eod, or prepare the text with `phidias data`"
+    )
+
+
+def _blocks(tokens: Ids) -> Iterator[Ids]:
+    for start in range(0, len(tokens), BLOCK_TOKENS):
+        yield tokens[start : start + BLOCK_TOKENS]

@@ -1,0 +1,341 @@
+"""From rows to published shards: nothing lost, nothing half done, nothing overwritten."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from data_prep.build import is_held_out, list_inputs, prepare_source, prepare_sources, verify_source
+from data_prep.errors import DataError
+from data_prep.indexed import map_tokens, read_index
+from data_prep.manifest import read_manifest, write_manifest
+from data_prep.spec import DataSettings, Source, TokenizerSpec
+from data_prep.tokenizers import build_tokenizer
+
+EOD = "<|endoftext|>"
+SETTINGS = {
+    "held_out_fraction": 0.2,
+    "shard_tokens": 2000,
+    "chunk_tokens": 64,
+    "group_tokens": 4096,
+    "num_workers": 1,
+    "max_rejected_rows": 0,
+}
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory):
+    """Bytes as tokens: ids are easy to count."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({character: number for number, character in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([EOD])
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+class Lab:
+    """A folder with inputs, and what is prepared from them."""
+
+    def __init__(self, folder: Path, tokenizer_file: Path):
+        self.folder, self.data_dir = folder, folder / "data"
+        self.tokenizer = TokenizerSpec(kind="huggingface", ranks_file=None, file=str(tokenizer_file), eod=EOD)
+
+    def write(self, name, rows):
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+        return path
+
+    def texts(self, name, texts):
+        return self.write(name, [{"text": text} for text in texts])
+
+    def source(self, pattern="*.jsonl"):
+        return Source(inputs=(str(self.folder / pattern),), format="jsonl", share=1.0)
+
+    def prepare(self, name="web", *, pattern="*.jsonl", seed=1, on_progress=None, **changes):
+        return prepare_source(
+            name,
+            self.source(pattern),
+            tokenizer=self.tokenizer,
+            settings=DataSettings(**(SETTINGS | changes)),
+            seed=seed,
+            data_dir=self.data_dir,
+            on_progress=on_progress,
+        )
+
+    def read_back(self, name="web"):
+        """The texts of the train and of the held-out documents, in order."""
+        manifest = read_manifest(self.data_dir / name)
+        return [self._read_split(name, shards=split.shards) for split in (manifest.train, manifest.held_out)]
+
+    def _read_split(self, name, *, shards):
+        tokenizer = build_tokenizer(self.tokenizer)
+        texts = []
+        for shard in shards:
+            stem = self.data_dir / name / shard.file
+            index = read_index(stem.with_suffix(".idx"))
+            documents = np.split(map_tokens(stem.with_suffix(".bin"), index), np.cumsum(index.sequence_lengths)[:-1])
+            assert all(document[-1] == tokenizer.eod_id for document in documents)
+            assert (shard.documents, shard.tokens) == (len(documents), index.num_tokens)
+            texts += [tokenizer.decode(document[:-1]) for document in documents]
+        return texts
+
+
+@pytest.fixture
+def lab(tmp_path, tokenizer_file):
+    return Lab(tmp_path, tokenizer_file)
+
+
+def some_texts(count=200):
+    return [f"document {n} says {EOD} and 🎉 " + "x" * (n % 90) for n in range(count)]
+
+
+def snapshot(folder: Path):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_every_row_comes_out_once_and_in_order(lab):
+    texts = some_texts()
+    lab.texts("a.jsonl", texts[:150])
+    lab.write("b.jsonl", ["\n", {"text": ""}, "bad\n", *({"text": text} for text in texts[150:]), {"text": None}])
+    seen = []
+    manifest = lab.prepare(max_rejected_rows=5, on_progress=seen.append)
+    train, held_out = lab.read_back()
+    assert Counter(train + held_out) == Counter(texts)
+    assert train == [text for text in texts if text in set(train)]
+    assert (manifest.rejected_rows, manifest.empty_documents) == (2, 1)
+    assert manifest.train.documents + manifest.held_out.documents + 3 == len(texts) + 3
+    assert manifest.text_bytes == sum(len(text.encode()) for text in texts)
+    assert manifest.train.tokens + manifest.held_out.tokens == manifest.text_bytes + len(texts)  # a byte a token, and EOD
+    assert len((lab.data_dir / "web" / "rejects.jsonl").read_text().splitlines()) == 2
+    assert verify_source(lab.data_dir / "web") == []
+    assert [seen[-1].done, seen[-1].documents, seen[-1].rejected_rows] == [True, len(texts), 2]
+
+
+def test_shards_close_at_the_first_border_past_their_size(lab):
+    lab.texts("a.jsonl", some_texts())
+    manifest = lab.prepare()
+    shards = manifest.train.shards
+    assert [shard.file for shard in shards] == [f"shard_{number:05d}" for number in range(len(shards))] and len(shards) > 3
+    assert all(2000 <= shard.tokens < 2200 for shard in shards[:-1])
+    assert manifest.held_out.shards[0].file == "held_out_00000"
+    assert manifest.dtype == "uint16"
+
+
+def test_held_out_goes_by_content(lab):
+    texts = some_texts()
+    lab.texts("a.jsonl", texts + texts[::-1])
+    lab.texts("b.jsonl", texts[50:])
+    lab.prepare(pattern="a.jsonl")
+    lab.prepare("other", pattern="b.jsonl")
+    train, held_out = lab.read_back()
+    assert set(train).isdisjoint(held_out) and 20 < len(set(held_out)) < 70
+    assert set(lab.read_back("other")[1]) == set(held_out) & set(texts[50:])
+
+
+def test_held_out_fraction_and_seed():
+    data = [str(number).encode() for number in range(20_000)]
+    for fraction in (0.0, 0.01, 0.3):
+        kept = sum(is_held_out(document, seed=3, fraction=fraction) for document in data)
+        assert abs(kept - fraction * len(data)) < 5 * (fraction * len(data)) ** 0.5 + 1e-9
+    sides = [[is_held_out(document, seed=seed, fraction=0.3) for document in data] for seed in (1, 2)]
+    assert sides[0] != sides[1]
+    assert is_held_out(b"a fixed document", seed=1, fraction=0.13) is False  # the split of data on disk never moves
+    assert is_held_out(b"a fixed document", seed=1, fraction=0.131) is True
+
+
+def test_two_runs_are_equal_and_the_second_does_nothing(lab):
+    lab.texts("a.jsonl", some_texts())
+    first = lab.prepare()
+    before = {path: path.stat().st_mtime_ns for path in lab.data_dir.rglob("*")}
+    # What is in the shards does not depend on these.
+    assert lab.prepare(num_workers=2, max_rejected_rows=9, chunk_tokens=128) == first
+    assert {path: path.stat().st_mtime_ns for path in lab.data_dir.rglob("*")} == before
+    content = snapshot(lab.data_dir)
+    shutil.rmtree(lab.data_dir)
+    lab.prepare()
+    assert snapshot(lab.data_dir) == content
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"held_out_fraction": 0.1}, "held_out_fraction: found 0.2, wanted 0.1"),
+        ({"shard_tokens": 9}, "shard_tokens: found 2000, wanted 9"),
+        ({"seed": 2}, "seed: found 1, wanted 2"),
+        ({"pattern": "?.jsonl*"}, "b.jsonl.gz"),
+    ],
+)
+def test_changed_settings_are_refused(lab, change, message):
+    lab.texts("a.jsonl", some_texts())
+    lab.prepare()
+    lab.texts("b.jsonl.gz", [])
+    before = snapshot(lab.data_dir)
+    with pytest.raises(
+        DataError, match=r"was prepared with other settings: .*; remove .*web or choose another run\.data_dir"
+    ) as error:
+        lab.prepare(**change)
+    assert message in str(error.value)
+    assert snapshot(lab.data_dir) == before
+
+
+def test_changed_inputs_and_tokenizer_are_refused(lab, tmp_path):
+    path = lab.texts("a.jsonl", some_texts())
+    lab.prepare()
+    os.utime(path, ns=(0, 0))
+    with pytest.raises(DataError, match=r"inputs: found 1 files, .*inputs added, removed or changed: .*a\.jsonl\)"):
+        lab.prepare()
+    other = tmp_path / "other.json"
+    other.write_text(Path(lab.tokenizer.file).read_text() + "\n")
+    lab.tokenizer = TokenizerSpec(kind="huggingface", ranks_file=None, file=str(other), eod=EOD)
+    with pytest.raises(DataError, match="tokenizer: found"):
+        lab.prepare()
+
+
+def test_a_foreign_folder_is_not_touched(lab):
+    lab.texts("a.jsonl", some_texts())
+    lab.write("data/web/precious.txt", ["mine"])
+    with pytest.raises(DataError, match=r"web exists without a manifest\.json"):
+        lab.prepare()
+    assert snapshot(lab.data_dir) == {"web/precious.txt": b"mine"}
+
+
+def test_sources_without_documents_are_refused(lab):
+    lab.texts("a.jsonl", ["", ""])
+    with pytest.raises(DataError, match="no document to train on: 2 rows, 2 empty, 0 rejected, 0 held out"):
+        lab.prepare()
+    assert list(lab.data_dir.iterdir()) == []
+
+
+def test_a_malformed_row_stops_and_leaves_its_list(lab):
+    lab.write("a.jsonl", [*({"text": text} for text in some_texts()), "bad\n", "worse\n"])
+    with pytest.raises(DataError, match=r"a\.jsonl, line 201: the row is not valid JSON"):
+        lab.prepare()
+    assert list(lab.data_dir.iterdir()) == []
+    with pytest.raises(DataError, match=r"a\.jsonl, line 202: .* after 1 others, listed in .*web\.partial/rejects\.jsonl"):
+        lab.prepare(max_rejected_rows=1)
+    assert list(snapshot(lab.data_dir)) == ["web.partial/rejects.jsonl"]
+    assert lab.prepare(max_rejected_rows=2).rejected_rows == 2
+    assert [path.name for path in lab.data_dir.iterdir()] == ["web"]
+
+
+def test_sources_run_side_by_side(lab):
+    lab.texts("a.jsonl", some_texts())
+    lab.texts("b.jsonl", some_texts(100))
+    sources = {"one": lab.source("a.jsonl"), "two": lab.source("b.jsonl")}
+    shared = {"tokenizer": lab.tokenizer, "seed": 1, "data_dir": lab.data_dir}
+    seen = []
+    settings = DataSettings(**(SETTINGS | {"num_workers": 2}))
+    manifests = prepare_sources(sources, settings=settings, on_progress=seen.append, **shared)
+    assert list(manifests) == ["one", "two"] and manifests["two"] == read_manifest(lab.data_dir / "two")
+    assert {update.source for update in seen if update.done} == {"one", "two"}
+    assert manifests == prepare_sources(sources, settings=DataSettings(**SETTINGS), **shared)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_one_bad_source_stops_no_other(lab, num_workers):
+    lab.texts("a.jsonl", some_texts())
+    for name in ("b", "c"):
+        lab.write(f"{name}.jsonl", ["bad\n"])
+    sources = {name: lab.source(f"{name}.jsonl") for name in ("b", "a", "c")}
+    settings = DataSettings(**(SETTINGS | {"num_workers": num_workers}))
+    with pytest.raises(DataError, match=r"(?s)2 of 3 sources failed:.*b\.jsonl, line 1.*c\.jsonl, line 1"):
+        prepare_sources(sources, settings=settings, tokenizer=lab.tokenizer, seed=1, data_dir=lab.data_dir)
+    assert [path.name for path in lab.data_dir.iterdir()] == ["a"]
+
+
+def test_inputs_are_listed_before_anything_is_written(lab):
+    lab.texts("a.jsonl", some_texts())
+    sources = {"one": lab.source("a.jsonl"), "two": lab.source("gone*"), "three": lab.source("lost*")}
+    assert [file.size for file in list_inputs({"one": sources["one"]})["one"]] == [(lab.folder / "a.jsonl").stat().st_size]
+    with pytest.raises(DataError, match=r"(?s)2 of 3 sources failed.*'two'.*'three'"):
+        prepare_sources(sources, settings=DataSettings(**SETTINGS), tokenizer=lab.tokenizer, seed=1, data_dir=lab.data_dir)
+    assert not lab.data_dir.exists()
+
+
+def in_subprocess(lab, code, *, name="web", **environment):
+    """Runs `prepare` of the source in another process, `code` before it."""
+    script = f"""
+import os, resource, signal, sys
+from pathlib import Path
+from tests.data_prep.test_build import Lab
+from data_prep.errors import DataError
+lab = Lab(Path({str(lab.folder)!r}), Path({lab.tokenizer.file!r}))
+on_progress = None
+{code}
+try:
+    lab.prepare({name!r}, on_progress=on_progress)
+except DataError as error:
+    sys.exit(str(error))
+"""
+    return subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+
+
+def test_full_disk_is_named_and_earlier_data_stays(lab):
+    lab.texts("a.jsonl", some_texts())
+    lab.prepare("before")
+    before = snapshot(lab.data_dir)
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))"
+    for size in (100, 3000):  # the .bin, and the .idx or the list of inputs after it
+        ended = in_subprocess(lab, limit.format(size))
+        assert ended.returncode == 1 and "Traceback" not in ended.stderr, ended.stderr
+        assert f"cannot write {lab.data_dir}/web.partial/" in ended.stderr and "GiB free on its disk" in ended.stderr
+        assert snapshot(lab.data_dir) == before
+        assert [path.name for path in lab.data_dir.iterdir()] == ["before"]
+    assert verify_source(lab.data_dir / "before") == []
+
+
+def test_a_killed_process_leaves_nothing_in_the_way(lab):
+    lab.texts("a.jsonl", some_texts(3000))
+    ended = in_subprocess(lab, "on_progress = lambda update: os.kill(os.getpid(), signal.SIGKILL)")
+    assert ended.returncode == -signal.SIGKILL
+    assert [path.name for path in lab.data_dir.iterdir()] == ["web.partial"]
+    lab.prepare()
+    assert sum(map(len, lab.read_back())) == 3000
+    assert [path.name for path in lab.data_dir.iterdir()] == ["web"] and verify_source(lab.data_dir / "web") == []
+
+
+def test_one_writer_at_a_time(lab):
+    lab.texts("a.jsonl", some_texts(3000))
+    refused = []
+
+    def meanwhile(update):
+        if not refused:
+            refused.append(in_subprocess(lab, ""))
+
+    lab.prepare(on_progress=meanwhile)
+    assert "another process is writing" in refused[0].stderr
+    assert sum(map(len, lab.read_back())) == 3000
+
+
+def test_manifests_that_cannot_be_used(lab):
+    with pytest.raises(DataError, match=r"no data for source 'web': .*web/manifest\.json is missing; .*run `phidias data`"):
+        read_manifest(lab.data_dir / "web")
+    lab.texts("a.jsonl", some_texts())
+    manifest = lab.prepare()
+    path = lab.data_dir / "web" / "manifest.json"
+    good = path.read_text()
+    write_manifest(path.parent, manifest=manifest)
+    assert path.read_text() == good and read_manifest(path.parent) == manifest
+    for content, message in (
+        (good[:-20], "is not JSON"),
+        ("[]", "format_version None; this code reads 1"),
+        (good.replace('"format_version": 1', '"format_version": 2'), "format_version 2; this code reads 1"),
+        (good.replace('"uint16"', '"int8"'), "is not a manifest"),
+        (good.replace('"text_bytes"', '"bytes"'), "is not a manifest"),
+    ):
+        path.write_text(content)
+        with pytest.raises(DataError, match=message):
+            read_manifest(path.parent)
