@@ -1,0 +1,147 @@
+"""What the multi-rank tests run under torchrun: many checks in one world, results as JSON on rank 0.
+
+    torchrun --nproc-per-node N -m tests.training.ranks <work dir> <case> [<case> ...]
+
+A case is `layout:<name>`: train a fresh run in that layout; `resume:<name>[:<dtype>]`; or `move:<name>:<name>`: save in one layout,
+go on in another. tests/training/test_ranks.py compares the results.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from training import cpu
+
+cpu.install()
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
+
+from launcher.config.schema import RunConfig  # noqa: E402
+from launcher.plan.stage import plan_stage  # noqa: E402
+from launcher.rundir.paths import RunDir  # noqa: E402
+from tests.training.tiny import run_config, stage_config  # noqa: E402
+from training.loop import Trainer  # noqa: E402
+from training.parallel import initialize_parallel, join_world, leave_world  # noqa: E402
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one": {},
+    "mbs4": dict(micro_batch_size=4),
+    "plain_optimizer": dict(distributed_optimizer=False),
+    "recompute": dict(recompute="full"),
+    "selective": dict(recompute="selective"),
+    "tp2": dict(tp=2),
+    "tp2_sp": dict(tp=2, sequence_parallel=True),
+    "pp2": dict(pp=2),
+    "pp2_vpp2": dict(pp=2, vpp=2),
+    "cp2": dict(cp=2),
+    "dp2": dict(),
+    "dp2_plain": dict(distributed_optimizer=False),
+    "dp2_overlap": dict(overlap_grad_reduce=True, overlap_param_gather=True),
+    "tp2_pp2_sp": dict(tp=2, pp=2, sequence_parallel=True),
+    "cp2_dp2": dict(cp=2),
+    "tp2_cp2": dict(tp=2, cp=2, sequence_parallel=True),
+}
+STEPS = 6
+
+
+class Case:
+    """A run of one layout in this world."""
+
+    def __init__(self, work: Path, name: str, *, run_name: str, device: torch.device, **sections: Any):
+        stage = stage_config(layout=LAYOUTS[name], **sections)
+        self.config: RunConfig = run_config(work, ranks=dist.get_world_size(), stages=[stage])
+        self.run = RunDir(work / "runs" / run_name)
+        self.rank = initialize_parallel(self.config.stages[0].layout, seed=self.config.run.seed, device=device)
+        if dist.get_rank() == 0:
+            self.run.root.mkdir(parents=True, exist_ok=True)
+        dist.barrier()
+        stage_cfg = self.config.stages[0]
+        plan = plan_stage(stage_cfg, cluster=self.config.cluster)
+        self.trainer = Trainer(self.run, self.config, stage=stage_cfg, plan=plan, rank=self.rank)
+        self.trainer.restore()
+
+    def steps(self, count: int) -> "Case":
+        for _ in range(count):
+            self.trainer.train_step(stop=False)
+        return self
+
+    def rows(self, kind: str) -> list[dict[str, Any]]:
+        dist.barrier()
+        rows = [json.loads(line) for line in self.run.metrics.read_text().splitlines()]
+        return [row for row in rows if row["kind"] == kind]
+
+    def digest(self) -> list[str]:
+        """One digest a rank over weights and moments, byte for byte."""
+        hasher = hashlib.sha256()
+        for chunk in self.trainer.stepper.chunks:
+            for tensor in chunk.state_dict().values():
+                if isinstance(tensor, torch.Tensor):
+                    hasher.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        for group in self.trainer.stepper.optimizer.param_groups:
+            for parameter in group["params"]:
+                hasher.update(parameter.detach().float().numpy().tobytes())
+        digests: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(digests, hasher.hexdigest())
+        return digests
+
+    def close(self) -> None:
+        parallel_state.destroy_model_parallel()
+
+
+def check_layout(work: Path, name: str, *, device: torch.device) -> dict[str, Any]:
+    case = Case(work, name, run_name=f"layout_{name}", device=device).steps(STEPS)
+    case.trainer.validate()
+    rows, held_out = case.rows("train"), case.rows("validation")[-1]
+    case.close()
+    keys = ("loss", "loss_by_source", "tokens_by_source", "grad_norm", "lr")
+    return {"rows": [{key: row[key] for key in keys} for row in rows], "held_out": held_out["loss_by_source"]}
+
+
+def check_resume(work: Path, name: str, dtype: str = "fp32", *, device: torch.device) -> dict[str, Any]:
+    """Half way, save, build everything anew, go on; beside a run that never stopped."""
+    sections = {"precision": {"params_dtype": dtype}}
+    whole = Case(work, name, run_name=f"whole_{name}_{dtype}", device=device, **sections).steps(STEPS)
+    expected = whole.digest()
+    whole.close()
+    first = Case(work, name, run_name=f"halves_{name}_{dtype}", device=device, **sections).steps(STEPS // 2)
+    first.trainer.save()
+    first.close()
+    second = Case(work, name, run_name=f"halves_{name}_{dtype}", device=device, **sections)
+    start = second.trainer.progress.step
+    found = second.steps(STEPS - STEPS // 2).digest()
+    losses = [row["loss"] for row in second.rows("train")]
+    second.close()
+    return {"expected": expected, "found": found, "start": start, "losses": losses}
+
+
+def check_move(work: Path, before: str, after: str, *, device: torch.device) -> dict[str, Any]:
+    first = Case(work, before, run_name=f"move_{before}_{after}", device=device).steps(STEPS // 2)
+    first.trainer.save()
+    first.close()
+    second = Case(work, after, run_name=f"move_{before}_{after}", device=device).steps(STEPS - STEPS // 2)
+    losses = [row["loss"] for row in second.rows("train")]
+    second.close()
+    return {"losses": losses}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    work, *cases = Path(sys.argv[1]), *sys.argv[2:]
+    device = join_world(timeout_s=120)
+    results = {}
+    for case in cases:
+        kind, *arguments = case.split(":")
+        results[case] = {"layout": check_layout, "resume": check_resume, "move": check_move}[kind](
+            work, *arguments, device=device
+        )
+    if dist.get_rank() == 0:
+        (work / f"world{dist.get_world_size()}.json").write_text(json.dumps(results))
+    leave_world()
+
+
+if __name__ == "__main__":
+    main()

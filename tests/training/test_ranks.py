@@ -1,0 +1,84 @@
+"""Real multi-rank training over gloo: one torchrun a world size, many checks in each."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.training.shards import write_sources
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CASES = {
+    1: ["layout:one", "layout:mbs4", "layout:plain_optimizer", "layout:recompute", "layout:selective", "resume:one"],
+    2: [
+        *(f"layout:{name}" for name in ("tp2", "tp2_sp", "pp2", "pp2_vpp2", "cp2", "dp2", "dp2_plain", "dp2_overlap")),
+        *(f"resume:{name}" for name in ("dp2", "dp2_overlap", "tp2_sp", "pp2", "pp2_vpp2", "cp2")),
+        "resume:dp2:bf16", "move:dp2:tp2_sp", "move:tp2:pp2_vpp2", "move:pp2:cp2",
+    ],
+    4: ["layout:tp2_pp2_sp", "layout:cp2_dp2", "layout:tp2_cp2"],
+}  # fmt: skip
+# Sums of the same fp32 products in another order: the largest relative difference seen was below 1e-6.
+TOLERANCE = 5e-6
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Results of every case, by `<case>`."""
+    work = tmp_path_factory.mktemp("ranks")
+    write_sources(work / "data")
+    found: dict[str, Any] = {}
+    for world_size, cases in CASES.items():
+        run_ranks(work, world_size=world_size, cases=cases)
+        found |= json.loads((work / f"world{world_size}.json").read_text())
+    return found
+
+
+def run_ranks(work: Path, *, world_size: int, cases: list[str]) -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={world_size}"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "-m", "tests.training.ranks", str(work), *cases]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, cwd=work)
+    assert done.returncode == 0, done.stderr[-6000:]
+
+
+def layouts() -> list[str]:
+    return [case for cases in CASES.values() for case in cases if case.startswith("layout:") and case != "layout:one"]
+
+
+@pytest.mark.parametrize("case", layouts())
+def test_every_layout_learns_the_same(case: str, results: dict[str, Any]) -> None:
+    for found, expected in zip(results[case]["rows"], results["layout:one"]["rows"], strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=TOLERANCE)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+        assert found["loss_by_source"] == pytest.approx(expected["loss_by_source"], rel=TOLERANCE)
+        assert found["tokens_by_source"] == expected["tokens_by_source"]
+        assert found["lr"] == expected["lr"]
+    assert results[case]["held_out"] == pytest.approx(results["layout:one"]["held_out"], rel=TOLERANCE)
+
+
+def test_it_learns(results: dict[str, Any]) -> None:
+    losses = [row["loss"] for row in results["layout:one"]["rows"]]
+    assert losses[0] == pytest.approx(math.log(250), abs=0.3)
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_learning_rate_warms_up_and_ends_at_its_minimum(results: dict[str, Any]) -> None:
+    rates = [row["lr"] for row in results["layout:one"]["rows"]]
+    assert rates == pytest.approx([1.5e-3, 3e-3, 2.325e-3, 1.65e-3, 9.75e-4, 3e-4])
+
+
+@pytest.mark.parametrize("case", [case for cases in CASES.values() for case in cases if case.startswith("resume:")])
+def test_resume_is_bitwise(case: str, results: dict[str, Any]) -> None:
+    assert results[case]["start"] == 3
+    assert results[case]["found"] == results[case]["expected"]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES[2] if case.startswith("move:")])
+def test_a_checkpoint_goes_on_in_another_layout(case: str, results: dict[str, Any]) -> None:
+    expected = [row["loss"] for row in results["layout:one"]["rows"]]
+    assert results[case]["losses"] == pytest.approx(expected, rel=TOLERANCE)

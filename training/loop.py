@@ -1,0 +1,203 @@
+"""Training one stage, on one page."""
+
+import gc
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from launcher.config.schema import RunConfig, StageConfig
+from launcher.plan.stage import StagePlan, plan_stage
+from launcher.rundir.checkpoints import FORMAT_VERSION, CheckpointError, Meta, Saved, newest_checkpoint
+from launcher.rundir.exits import ExitClass
+from launcher.rundir.paths import RunDir
+from training.checkpoint import Checkpointer, layout_key
+from training.data import HeldOutFeed, StageData, TrainingFeed, ledger_from_json, ledger_to_json
+from training.errors import NonFiniteError
+from training.metrics import Metrics
+from training.model import build_model
+from training.optimizer import build_optimizer, build_schedule, set_schedule
+from training.parallel import Rank
+from training.step import Stepper, Sums
+
+
+@dataclass
+class Progress:
+    """What changes while a stage trains."""
+
+    step: int = 0
+    tokens_by_source: dict[str, int] = field(default_factory=dict)
+
+
+def train_stage(run: RunDir, config: RunConfig, *, stage_name: str, rank: Rank) -> ExitClass:
+    """Trains a stage from its newest checkpoint (or the stage it starts from) to its end, or until asked to stop."""
+    stage = config.stage(stage_name)
+    plan = plan_stage(stage, cluster=config.cluster)
+    trainer = Trainer(run, config, stage=stage, plan=plan, rank=rank)
+    with stop_signals() as asked, quiet_garbage_collector():
+        trainer.restore()
+        while trainer.progress.step < plan.num_steps:
+            stop = trainer.train_step(stop=bool(asked) or run.stop_flag.exists())
+            if trainer.due(plan.validation_interval):
+                trainer.validate()
+            if stop and trainer.progress.step < plan.num_steps:
+                trainer.save()
+                return trainer.finish("stop", ExitClass.INTERRUPTED)
+            if trainer.due(plan.checkpoint_interval):
+                trainer.save()
+        trainer.validate()
+        trainer.save()
+    return trainer.finish("stage_done", ExitClass.DONE)
+
+
+class Trainer:
+    """Everything one rank holds of a stage: model, optimizer, data, and where the stage stands."""
+
+    def __init__(self, run: RunDir, config: RunConfig, *, stage: StageConfig, plan: StagePlan, rank: Rank):
+        self.run, self.config, self.stage, self.plan, self.rank = run, config, stage, plan, rank
+        self.progress = Progress()
+        self.metrics = Metrics(run, config, stage=stage.stage.name, plan=plan, is_writer=rank.rank == 0)
+        self.metrics.status("starting")
+        chunks = build_model(stage, model=config.model, seed=config.run.seed)
+        optimizer = build_optimizer(stage, chunks=chunks)
+        self.schedule = build_schedule(stage, plan=plan, optimizer=optimizer)
+        self.stepper = Stepper(stage, chunks=chunks, optimizer=optimizer, rank=rank)
+        self.checkpointer = Checkpointer(run, stage=stage.stage.name, layout=stage.layout, chunks=chunks, optimizer=optimizer)
+
+    def restore(self) -> None:
+        """Goes on from the newest valid checkpoint of the stage, else from the end of the stage it starts from."""
+        saved, refused = newest_checkpoint(self.run, self.stage.stage.name)
+        for reason in refused:
+            self.metrics.event("checkpoint_refused", reason=reason)
+        if saved is None and refused:
+            raise CheckpointError("no checkpoint of this stage is valid: " + "; ".join(refused))
+        if saved:
+            self.checkpointer.load(saved, self.stage.optim)
+            self.progress = Progress(saved.meta.step, dict(saved.meta.tokens_by_source))
+            self.open_data(saved, start=saved.meta.start_ledger)
+            self.metrics.event("resume", step=saved.meta.step, path=saved.path.name)
+        elif self.stage.stage.init_from:
+            parent = self.parent_checkpoint(self.stage.stage.init_from)
+            self.checkpointer.load_weights(parent)
+            self.open_data(parent, start=parent.meta.ledger)
+            self.metrics.event("stage_start", init_from=self.stage.stage.init_from, path=parent.path.name)
+        else:
+            self.open_data(None, start={})
+            self.metrics.event("stage_start", init_from=None)
+        self.metrics.status("running")
+
+    def parent_checkpoint(self, name: str) -> Saved:
+        saved, refused = newest_checkpoint(self.run, name, finished=True)
+        if saved is None:
+            raise CheckpointError(
+                f"stage {self.stage.stage.name} starts from stage {name}, which has no finished checkpoint "
+                f"({'; '.join(refused) or 'none written'}). Fix: train stage={name} to its end first"
+            )
+        return saved
+
+    def open_data(self, saved: Saved | None, *, start: dict[str, dict[str, int]]) -> None:
+        self.data = StageData(self.config, self.stage, ledger=ledger_from_json(start))
+        self.feed = TrainingFeed(self.data, self.stage, rank=self.rank)
+        self.held_out = HeldOutFeed(self.config, self.stage, rank=self.rank)
+        skipped = {name: tokens for name, tokens in self.data.skipped_tokens.items() if tokens}
+        if skipped and (saved is None or saved.meta.stage != self.stage.stage.name):
+            self.metrics.event("ledger_skip", tokens_by_source=skipped)
+
+    def train_step(self, *, stop: bool) -> bool:
+        """Reads one global batch, takes one optimizer step, logs it. Returns whether any rank was asked to stop."""
+        began = time.perf_counter()
+        batches = self.feed.batch(self.progress.step)
+        read = time.perf_counter()
+        lr = set_schedule(self.schedule, samples=(self.progress.step + 1) * self.stage.stage.global_batch_size)
+        sums, grad_norm = self.stepper.train(batches, num_microbatches=self.plan.num_microbatches, stop=stop)
+        self.progress.step += 1
+        self.count(sums)
+        if self.progress.step % self.config.monitor.log_interval == 0 or self.progress.step == self.plan.num_steps:
+            self.log(sums, lr=lr, grad_norm=grad_norm, step_s=time.perf_counter() - began, data_s=read - began)
+        if not sums.loss < float("inf"):
+            raise NonFiniteError(f"step {self.progress.step}: loss is {sums.loss}; the last checkpoint is from before it")
+        return sums.stop
+
+    def count(self, sums: Sums) -> None:
+        for name, tokens in sums.tokens_by_source(self.data.names).items():
+            self.progress.tokens_by_source[name] = self.progress.tokens_by_source.get(name, 0) + tokens
+
+    def log(self, sums: Sums, *, lr: float, grad_norm: float, step_s: float, data_s: float) -> None:
+        self.metrics.train(
+            self.progress.step,
+            loss=sums.loss,
+            loss_by_source=sums.loss_by_source(self.data.names),
+            tokens_by_source=dict(self.progress.tokens_by_source),
+            lr=lr,
+            grad_norm=grad_norm,
+            tokens_per_s=round(self.plan.tokens_per_step / step_s, 1),
+            step_time_s=round(step_s, 4),
+            data_wait_s=round(data_s, 4),
+        )
+        self.metrics.status("running")
+
+    def due(self, interval_steps: int) -> bool:
+        """Whether something that happens every so many steps happens now; not shortly before the stage's end, which has its
+        own."""
+        return self.progress.step % interval_steps == 0 and self.plan.num_steps - self.progress.step >= interval_steps / 2
+
+    def validate(self) -> None:
+        """Held-out loss per source. `loss` weighs the sources by their shares, as training does."""
+        if not self.held_out.num_microbatches:
+            return
+        sums = self.stepper.evaluate(self.held_out.batches(), num_microbatches=self.held_out.num_microbatches)
+        by_source = sums.loss_by_source(self.data.names)
+        shares = {name: self.stage.mixture.sources[name].share for name in by_source}
+        loss = sum(by_source[name] * share for name, share in shares.items()) / sum(shares.values())
+        tokens = sums.tokens_by_source(self.data.names)
+        self.metrics.validation(self.progress.step, loss=loss, loss_by_source=by_source, tokens_by_source=tokens)
+
+    def save(self) -> None:
+        samples = self.progress.step * self.stage.stage.global_batch_size
+        meta = Meta(
+            format_version=FORMAT_VERSION,
+            stage=self.stage.stage.name,
+            step=self.progress.step,
+            samples=samples,
+            tokens=samples * self.stage.stage.seq_length,
+            finished=self.progress.step == self.plan.num_steps,
+            layout=layout_key(self.stage.layout),
+            ledger=ledger_to_json(self.data.ledger(samples)),
+            start_ledger=ledger_to_json(self.data.start_ledger),
+            tokens_by_source=self.progress.tokens_by_source,
+            files={},
+        )
+        self.checkpointer.save(meta, keep_last=self.stage.stage.checkpoint.keep_last)
+
+    def finish(self, kind: str, exit_class: ExitClass) -> ExitClass:
+        self.metrics.event(kind, exit=exit_class.name, step=self.progress.step)
+        self.metrics.status("done" if exit_class is ExitClass.DONE else "stopped")
+        self.metrics.close()
+        return exit_class
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collects SIGTERM, SIGINT and SIGUSR1 while the block runs: any of them means save after this step and exit."""
+    asked: list[int] = []
+    kinds = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = [signal.signal(kind, lambda number, _: asked.append(number)) for kind in kinds]
+    try:
+        yield asked
+    finally:
+        for kind, handler in zip(kinds, before, strict=True):
+            signal.signal(kind, handler)
+
+
+@contextmanager
+def quiet_garbage_collector() -> Iterator[None]:
+    """Ranks that collect at different moments stall each other; a collection of the young objects is enough."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()

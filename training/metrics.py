@@ -1,0 +1,128 @@
+"""Where numbers go: metrics.jsonl and status.json always, W&B and TensorBoard where the config asks. Rank 0 only."""
+
+import time
+from typing import Any, Protocol
+
+from launcher.config.schema import RunConfig
+from launcher.plan.stage import StagePlan
+from launcher.rundir.paths import RunDir
+from launcher.rundir.records import append_record, write_json
+
+
+class Sink(Protocol):
+    """Takes flat numbers at a count of run tokens."""
+
+    def write(self, values: dict[str, float], *, samples: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class WandbSink:
+    """One W&B run per Phidias run: the id is the run's name, so that a resume and the next stage go on in it."""
+
+    def __init__(self, run: RunDir, config: RunConfig, *, stage: str):
+        import wandb
+        from pydantic import TypeAdapter
+
+        settings = config.monitor.wandb
+        self.stage = stage
+        self.run = wandb.init(
+            mode=settings.mode,
+            project=settings.project,
+            entity=settings.entity,
+            group=settings.group,
+            id=run.name,
+            name=run.name,
+            resume="allow",
+            dir=run.root,
+            config=TypeAdapter(RunConfig).dump_python(config, mode="json"),
+        )
+        self.run.define_metric(f"{stage}/samples")
+        self.run.define_metric(f"{stage}/*", step_metric=f"{stage}/samples")
+
+    def write(self, values: dict[str, float], *, samples: int) -> None:
+        self.run.log({f"{self.stage}/{name}": value for name, value in values.items()} | {f"{self.stage}/samples": samples})
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class TensorBoardSink:
+    """Scalars by samples, one folder a stage."""
+
+    def __init__(self, run: RunDir, *, stage: str):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(run.tensorboard / stage))
+
+    def write(self, values: dict[str, float], *, samples: int) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, samples)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Metrics:
+    """Writes the rows of one stage. On ranks other than 0 every method does nothing."""
+
+    def __init__(self, run: RunDir, config: RunConfig, *, stage: str, plan: StagePlan, is_writer: bool):
+        self.run, self.stage, self.plan, self.is_writer = run, stage, plan, is_writer
+        self.sinks: list[Sink] = []
+        if is_writer and config.monitor.wandb.mode != "disabled":
+            self.sinks.append(WandbSink(run, config, stage=stage))
+        if is_writer and config.monitor.tensorboard:
+            self.sinks.append(TensorBoardSink(run, stage=stage))
+        self.last: dict[str, Any] = {"step": 0, "tokens": 0, "loss": None, "tokens_per_s": None}
+
+    def event(self, kind: str, **fields: Any) -> None:
+        if self.is_writer:
+            append_record(self.run.events, kind, stage=self.stage, **fields)
+
+    def train(self, step: int, **fields: Any) -> None:
+        """A row of training. `step` counts finished steps."""
+        self._row("train", step, fields)
+
+    def validation(self, step: int, **fields: Any) -> None:
+        self._row("validation", step, fields)
+
+    def status(self, state: str) -> None:
+        """Where the stage stands; `eta_s` from the speed of the last row."""
+        if not self.is_writer:
+            return
+        stage_tokens = self.plan.num_steps * self.plan.tokens_per_step
+        speed = self.last["tokens_per_s"]
+        eta_s = round((stage_tokens - self.last["tokens"]) / speed, 1) if speed else None
+        row = {"name": self.run.name, "stage": self.stage, "state": state, **self.last, "eta_s": eta_s}
+        row |= {"num_steps": self.plan.num_steps, "stage_tokens": stage_tokens, "time": round(time.time(), 3)}
+        write_json(self.run.status, row)
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
+
+    def _row(self, kind: str, step: int, fields: dict[str, Any]) -> None:
+        if not self.is_writer:
+            return
+        counts = {
+            "step": step,
+            "samples": step * self.plan.num_samples // self.plan.num_steps,
+            "tokens": step * self.plan.tokens_per_step,
+        }
+        row = append_record(self.run.metrics, kind, stage=self.stage, **counts, **fields)
+        self.last = self.last | {key: row[key] for key in ("step", "tokens", "tokens_per_s") if key in row}
+        if kind == "train":
+            self.last["loss"] = row["loss"]
+        for sink in self.sinks:
+            sink.write(flatten(fields, prefix=kind), samples=counts["samples"])
+
+
+def flatten(fields: dict[str, Any], *, prefix: str) -> dict[str, float]:
+    """`{"loss_by_source": {"web": 2.0}}` -> `{"train/loss_by_source/web": 2.0}`; what is not a number is left out."""
+    flat: dict[str, float] = {}
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, prefix=f"{prefix}/{name}")
+        elif isinstance(value, int | float):
+            flat[f"{prefix}/{name}"] = value
+    return flat

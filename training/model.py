@@ -1,0 +1,192 @@
+"""From the config to Megatron's model: its TransformerConfig with every field that matters set, layer specs, chunks, DDP."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+from launcher.config.schema import Layout, ModelConfig, Precision, StageConfig
+from training.errors import PrecisionError
+from training.initialize import initialize_parameters, leave_uninitialised
+from training.modules import CausalAttention, LayerNorm, RMSNorm
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Megatron splits the first linear layer of a gated MLP in two; SwiGLU is SiLU on the gate.
+ACTIVATIONS = {"swiglu": (True, F.silu), "gelu": (False, F.gelu), "squared_relu": (False, lambda x: torch.square(F.relu(x)))}
+NORMS = {"rmsnorm": ("RMSNorm", RMSNorm), "layernorm": ("LayerNorm", LayerNorm)}
+
+
+def have_transformer_engine() -> bool:
+    """Whether megatron-core found transformer-engine in this process."""
+    from megatron.core.extensions import transformer_engine
+
+    return bool(transformer_engine.HAVE_TE) and torch.cuda.is_available()
+
+
+def refuse_undeliverable(precision: Precision) -> None:
+    """megatron-core without transformer-engine trains in bf16 where FP8 was asked for, and says nothing. Refuse instead."""
+    if precision.fp8 and not have_transformer_engine():
+        raise PrecisionError(
+            f"precision.fp8: found {precision.fp8!r} on a machine without transformer-engine or CUDA; FP8 would silently "
+            "become bf16. Fix: precision=bf16, or run on Hopper GPUs with pip install 'phidias[gpu]'"
+        )
+
+
+def transformer_config(stage: StageConfig, *, model: ModelConfig) -> TransformerConfig:
+    """Megatron's config. What it leaves at megatron-core's default is listed, with a reason, in
+    tests/training/test_model.py."""
+    refuse_undeliverable(stage.precision)
+    gated, activation = ACTIVATIONS[model.activation]
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        ffn_hidden_size=model.ffn_hidden_size,
+        normalization=NORMS[model.normalization][0],
+        layernorm_epsilon=model.layernorm_epsilon,
+        gated_linear_unit=gated,
+        activation_func=activation,
+        add_bias_linear=model.mlp_bias,
+        add_qkv_bias=model.attention_bias,
+        hidden_dropout=model.hidden_dropout,
+        attention_dropout=model.attention_dropout,
+        init_method_std=model.init_method_std,
+        attention_softmax_in_fp32=True,
+        apply_query_key_layer_scaling=False,
+        # Loss is a sum over tokens divided once by their number, whatever the micro batch or the layout.
+        calculate_per_token_loss=True,
+        # initialize_parameters draws the weights, the same in every layout. (perform_initialization=False would also leave
+        # the tensor-parallel marks unset by which gradient clipping counts every weight once.)
+        perform_initialization=True,
+        init_method=leave_uninitialised,
+        output_layer_init_method=leave_uninitialised,
+        embedding_init_method=leave_uninitialised,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        # Fusions are measured and switched on where they help; none changes the arithmetic asked for.
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        cross_entropy_loss_fusion=False,
+        **_layout_fields(stage.layout),
+        **_precision_fields(stage.precision),
+    )
+
+
+def _layout_fields(layout: Layout) -> dict[str, Any]:
+    recompute: dict[str, Any] = {
+        "none": {"recompute_granularity": None},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }[layout.recompute]
+    return dict(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        sequence_parallel=layout.sequence_parallel,
+        cp_comm_type="p2p" if layout.cp > 1 else None,
+        # gloo has no batched send and receive; with NCCL it is Megatron's default outside interleaving.
+        batch_p2p_comm=torch.cuda.is_available() and layout.vpp == 1,
+        overlap_p2p_comm=torch.cuda.is_available() and layout.vpp > 1,
+        deallocate_pipeline_outputs=True,
+        variable_seq_lengths=False,
+        **recompute,
+    )
+
+
+def _precision_fields(precision: Precision) -> dict[str, Any]:
+    dtype = DTYPES[precision.params_dtype]
+    fields: dict[str, Any] = dict(
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        autocast_dtype=dtype,
+        bf16=precision.params_dtype == "bf16",
+        fp16=False,
+        fp8=None,
+    )
+    if precision.fp8:
+        fields |= dict(
+            fp8=precision.fp8_format,
+            fp8_recipe=precision.fp8,
+            fp8_param=precision.fp8_param_gather,
+            fp8_amax_history_len=precision.fp8_amax_history_len,
+            fp8_amax_compute_algo="max",
+            first_last_layers_bf16=precision.num_layers_at_start_in_bf16 + precision.num_layers_at_end_in_bf16 > 0,
+            num_layers_at_start_in_bf16=precision.num_layers_at_start_in_bf16,
+            num_layers_at_end_in_bf16=precision.num_layers_at_end_in_bf16,
+        )
+    return fields
+
+
+def block_spec(config: TransformerConfig, *, normalization: str, vp_stage: int | None) -> TransformerBlockSubmodules | Any:
+    """The layer spec: transformer-engine's on GPUs, otherwise megatron's local one with our norm and core attention."""
+    if have_transformer_engine():
+        return get_gpt_layer_with_transformer_engine_spec()
+    norm_name, norm = NORMS[normalization]
+    layer = get_gpt_layer_local_spec(normalization=norm_name)
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
+    layer.submodules.self_attention.submodules.core_attention = CausalAttention
+    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+
+
+def build_chunk(stage: StageConfig, *, model: ModelConfig, config: TransformerConfig, vp_stage: int | None) -> GPTModel:
+    """The part of the model this rank holds in one virtual pipeline stage, with memory not yet initialised."""
+    return GPTModel(
+        config,
+        block_spec(config, normalization=model.normalization, vp_stage=vp_stage),
+        vocab_size=model.padded_vocab_size,
+        max_sequence_length=stage.stage.seq_length,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        fp16_lm_cross_entropy=False,
+        parallel_output=True,
+        share_embeddings_and_output_weights=model.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_percent=1.0,
+        rotary_base=stage.stage.rotary_base,
+        rope_scaling=False,
+        vp_stage=vp_stage,
+    )
+
+
+def build_model(stage: StageConfig, *, model: ModelConfig, seed: int) -> list[DistributedDataParallel]:
+    """This rank's model chunks, initialised from the seed alone and wrapped for data-parallel training."""
+    config, layout = transformer_config(stage, model=model), stage.layout
+    stages = range(layout.vpp) if layout.vpp > 1 else [None]
+    chunks = [build_chunk(stage, model=model, config=config, vp_stage=vp_stage) for vp_stage in stages]
+    initialize_parameters(chunks, model=model, seed=seed)
+    if torch.cuda.is_available():
+        chunks = [chunk.cuda() for chunk in chunks]
+    if config.bf16:
+        chunks = [Float16Module(config, chunk) for chunk in chunks]
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=stage.precision.grad_reduce_in_fp32,
+        use_distributed_optimizer=layout.distributed_optimizer,
+        overlap_grad_reduce=layout.overlap_grad_reduce,
+        overlap_param_gather=layout.overlap_param_gather,
+        check_for_nan_in_grad=True,
+        average_in_collective=False,
+        fp8_param_gather=bool(stage.precision.fp8 and stage.precision.fp8_param_gather),
+    )
+    wrapped = [
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0) for index, chunk in enumerate(chunks)
+    ]
+    for chunk in wrapped:
+        chunk.broadcast_params()
+    return wrapped

@@ -1,0 +1,61 @@
+"""AdamW over Megatron's distributed optimizer, and the learning rate as a function of samples read."""
+
+from collections.abc import Sequence
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from launcher.config.schema import StageConfig
+from launcher.plan.stage import StagePlan
+from training.model import DTYPES
+
+
+def build_optimizer(stage: StageConfig, *, chunks: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
+    """AdamW. Weight decay skips parameters of one dimension (norms) and biases: Megatron's standard override."""
+    optim, precision, layout = stage.optim, stage.precision, stage.layout
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        min_lr=optim.min_lr,
+        weight_decay=optim.weight_decay,
+        decoupled_weight_decay=True,
+        adam_beta1=optim.betas[0],
+        adam_beta2=optim.betas[1],
+        adam_eps=optim.eps,
+        clip_grad=optim.clip_grad,
+        bf16=precision.params_dtype == "bf16",
+        fp16=False,
+        params_dtype=DTYPES[precision.params_dtype],
+        fp8_recipe=precision.fp8,
+        use_distributed_optimizer=layout.distributed_optimizer,
+        overlap_param_gather=layout.overlap_param_gather,
+    )
+    return get_megatron_optimizer(config, list(chunks))
+
+
+def build_schedule(stage: StageConfig, *, plan: StagePlan, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Linear warm-up from zero, then the stage's schedule down to min_lr at its last step. Counted in samples, so that the
+    batch size may change without moving the schedule."""
+    batch = stage.stage.global_batch_size
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=stage.optim.lr,
+        min_lr=stage.optim.min_lr,
+        lr_warmup_steps=plan.warmup_steps * batch,
+        lr_decay_steps=plan.num_samples,
+        lr_decay_style=stage.optim.schedule,
+        start_wd=stage.optim.weight_decay,
+        end_wd=stage.optim.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+
+
+def set_schedule(schedule: OptimizerParamScheduler, *, samples: int) -> float:
+    """Sets and returns the learning rate of the step that brings the stage to `samples`. The first step of a warm-up
+    therefore has lr / warmup_steps, not zero, and the last step of the stage has min_lr. No state: a resume needs none."""
+    schedule.num_steps = samples
+    schedule.step(increment=0)
+    return float(schedule.get_lr({}))

@@ -1,0 +1,140 @@
+"""One training step and one evaluation: Megatron's pipeline schedules around a loss that is exact per source.
+
+Shapes: B micro batch, S sequence on this rank, N sources.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
+
+from launcher.config.schema import StageConfig
+from training.data import PADDING, MicroBatch
+from training.errors import NonFiniteError
+from training.parallel import Rank
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Loss and label tokens of each source over the whole global batch, and whether any rank was asked to stop."""
+
+    loss_N: tuple[float, ...]
+    tokens_N: tuple[int, ...]
+    stop: bool
+
+    @property
+    def loss(self) -> float:
+        """Mean loss per token, in nats."""
+        return sum(self.loss_N) / max(1, sum(self.tokens_N))
+
+    def loss_by_source(self, names: Sequence[str]) -> dict[str, float]:
+        """Mean loss of the sources that had tokens."""
+        rows = zip(names, self.loss_N, self.tokens_N, strict=True)
+        return {name: loss / tokens for name, loss, tokens in rows if tokens}
+
+    def tokens_by_source(self, names: Sequence[str]) -> dict[str, int]:
+        return dict(zip(names, self.tokens_N, strict=True))
+
+
+class Stepper:
+    """Drives the model chunks of this rank through whole global batches."""
+
+    def __init__(
+        self, stage: StageConfig, *, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer, rank: Rank
+    ):
+        self.stage, self.chunks, self.optimizer, self.rank = stage, list(chunks), optimizer, rank
+        self.num_sources = len(stage.mixture.sources)
+        self.forward_backward = get_forward_backward_func()
+        connect(self.chunks, optimizer=optimizer)
+
+    def train(self, batches: list[MicroBatch] | None, *, num_microbatches: int, stop: bool) -> tuple[Sums, float]:
+        """One optimizer step. Returns the batch's sums and the gradient norm before clipping.
+
+        Raises NonFiniteError, before the weights are touched, where a gradient is NaN or Inf."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        try:
+            reports = self._run(batches, num_microbatches=num_microbatches, forward_only=False)
+        except RuntimeError as error:
+            if "NaN" in str(error) or "nan" in str(error):
+                raise NonFiniteError(f"a gradient is NaN or Inf: {error}") from error
+            raise
+        _, grad_norm, _ = self.optimizer.step()
+        return self.reduce(reports, stop=stop), float(grad_norm or 0.0)
+
+    @torch.no_grad()
+    def evaluate(self, batches: list[MicroBatch] | None, *, num_microbatches: int) -> Sums:
+        """Sums over held-out micro batches; dropout is off."""
+        for chunk in self.chunks:
+            chunk.eval()
+        reports = self._run(batches, num_microbatches=num_microbatches, forward_only=True)
+        for chunk in self.chunks:
+            chunk.train()
+        return self.reduce(reports, stop=False)
+
+    def reduce(self, reports: list[torch.Tensor], *, stop: bool) -> Sums:
+        """One all-reduce over the world: every rank learns every sum. Tensor-parallel twins count once."""
+        total = torch.zeros(2 * self.num_sources + 1, dtype=torch.float64, device=self.rank.device)
+        if reports and self.rank.tp_rank == 0:
+            total[:-1] = torch.stack(reports).sum(dim=0)
+        total[-1] = float(stop)
+        dist.all_reduce(total)
+        *values, stopped = total.tolist()
+        losses, tokens = values[: self.num_sources], values[self.num_sources :]
+        return Sums(tuple(losses), tuple(round(count) for count in tokens), stopped > 0)
+
+    def _run(self, batches: list[MicroBatch] | None, *, num_microbatches: int, forward_only: bool) -> list[torch.Tensor]:
+        iterators = [iter(batches) if batches else None for _ in self.chunks]
+        interleaved = len(self.chunks) > 1
+        return self.forward_backward(
+            forward_step_func=partial(forward_step, num_sources=self.num_sources),
+            data_iterator=iterators if interleaved else iterators[0],
+            model=self.chunks if interleaved else self.chunks[0],
+            num_microbatches=num_microbatches,
+            seq_length=self.stage.stage.seq_length,
+            micro_batch_size=self.stage.layout.micro_batch_size,
+            forward_only=forward_only,
+        )
+
+
+def connect(chunks: list[DistributedDataParallel], *, optimizer: MegatronOptimizer) -> None:
+    """Tells the schedules how to reduce gradients and gather parameters: Megatron passes these through the config."""
+    config, ddp = get_model_config(chunks[0]), chunks[0].ddp_config
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = optimizer.scale_loss
+    if ddp.overlap_grad_reduce:
+        no_sync, grad_sync = [chunk.no_sync for chunk in chunks], [chunk.start_grad_sync for chunk in chunks]
+        config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+        if len(chunks) > 1:
+            config.grad_sync_func = grad_sync
+    if ddp.overlap_param_gather and len(chunks) > 1:
+        config.param_sync_func = [chunk.start_param_sync for chunk in chunks]
+
+
+def forward_step(iterator: Iterator[MicroBatch] | None, model: Any, *, num_sources: int) -> tuple[torch.Tensor, Any]:
+    """Megatron's forward step: the model's output (on the last stage, the loss of each token [B, S]) and the loss function."""
+    if iterator is None:
+        return model(input_ids=None, position_ids=None, attention_mask=None), partial(token_loss, None, num_sources)
+    batch = next(iterator)
+    output = model(input_ids=batch.tokens_BS, position_ids=batch.positions_BS, attention_mask=None, labels=batch.labels_BS)
+    return output, partial(token_loss, batch, num_sources)
+
+
+def token_loss(batch: MicroBatch, num_sources: int, loss_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sum of the loss, number of tokens, and [loss by source, tokens by source] in fp64 [2N]."""
+    counted_B = batch.source_B != PADDING
+    loss_B = loss_BS.float().sum(dim=1) * counted_B
+    tokens_B = counted_B * loss_BS.shape[1]
+    report = torch.zeros(2, num_sources, dtype=torch.float64, device=loss_B.device)
+    index_B = batch.source_B.clamp(min=0)
+    report[0].index_add_(0, index_B, loss_B.detach().double())
+    report[1].index_add_(0, index_B, tokens_B.double())
+    return loss_B.sum(), tokens_B.sum().to(torch.int32), report.flatten()
