@@ -1,0 +1,24 @@
+"""The verbs of `phidias`, one module each, imported when the verb is named. A config verb has OPTIONS and `act(request)`,
+a run verb `run(words)`; both return the exit code."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Verb:
+    """`composes`: a config verb, which is a Hydra app; the others take run names and read what is frozen there."""
+
+    usage: str
+    help: str
+    composes: bool
+
+
+VERBS = {
+    "plan": Verb("[overrides] [out=json]", "what each stage comes to: steps, layout, parameters, FLOPs", True),
+    "exposure": Verb("[overrides] [out=json]", "how often each source is read over the run", True),
+    "data": Verb("[overrides] [dry=true] [action=verify]", "turn raw text into shards, or verify them", True),
+    "train": Verb("[overrides]", "train the stages of a run on this machine; goes on where it stopped", True),
+    "export": Verb("<run> [stage=X] [prompt=TEXT]", "write a Hugging Face checkpoint", False),
+    "report": Verb("<run>", "write report.html of a run", False),
+    "status": Verb("[run ...] [out=json]", "where runs stand", False),
+}

@@ -1,0 +1,89 @@
+"""phidias data: raw text to shards, for every source of the selected stages. dry=true lists what would be read; action=verify
+checks shards that are there against their manifests."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from data_prep.build import list_inputs, prepare_sources
+from data_prep.manifest import Manifest, verify_source
+from data_prep.spec import Source
+from launcher.config.errors import ConfigError
+from launcher.config.schema import RunConfig
+from launcher.plan.page import short
+from launcher.plan.preflight import check_vocabulary
+from launcher.rundir.exits import ExitClass
+from launcher.verbs.data_progress import DataProgress
+from launcher.verbs.request import Request
+
+OPTIONS = {"dry": ("true", "false"), "action": ("verify",)}
+
+
+def act(request: Request) -> int:
+    actions: dict[bool, Callable[[RunConfig, Console], int]] = {True: verify, False: prepare}
+    action = list_only if request.options.get("dry") == "true" else actions["action" in request.options]
+    return action(request.config, Console(highlight=False))
+
+
+def sources_of(config: RunConfig) -> dict[str, Source]:
+    """The union over the stages; that one name is one source is checked with the config."""
+    return {name: source for stage in config.stages for name, source in stage.mixture.sources.items()}
+
+
+def prepare(config: RunConfig, console: Console) -> int:
+    sources = sources_of(config)
+    with DataProgress(sources, console=console) as progress:
+        manifests = prepare_sources(
+            sources,
+            tokenizer=config.tokenizer,
+            settings=config.data,
+            seed=config.run.seed,
+            data_dir=Path(config.run.data_dir),
+            on_progress=progress.update,
+        )
+    console.print(f"data in {config.run.data_dir}:")
+    console.print(manifest_table(manifests))
+    if problems := check_vocabulary(config, manifests):
+        raise ConfigError(*problems)
+    return ExitClass.DONE
+
+
+def list_only(config: RunConfig, console: Console) -> int:
+    """dry=true: the files each source would read. Globs that match nothing are refused, as they would be."""
+    console.print(f"would be written to {config.run.data_dir}:")
+    table = Table("source", box=None, pad_edge=False, header_style="bold cyan")
+    for name in ("files", "bytes"):
+        table.add_column(name, justify="right")
+    for name, files in list_inputs(sources_of(config)).items():
+        table.add_row(name, f"{len(files):,}", short(sum(file.size for file in files)))
+    console.print(table)
+    return ExitClass.DONE
+
+
+def verify(config: RunConfig, console: Console) -> int:
+    findings = {name: verify_source(Path(config.run.data_dir) / name) for name in sources_of(config)}
+    for name, lines in findings.items():
+        console.print(f"{name}: {'shards agree with the manifest' if not lines else f'{len(lines)} findings'}")
+        for line in lines:
+            console.print(f"  {line}")
+    return ExitClass.STATE if any(findings.values()) else ExitClass.DONE
+
+
+def manifest_table(manifests: dict[str, Manifest]) -> Table:
+    table = Table("source", box=None, pad_edge=False, header_style="bold cyan")
+    for column in ("documents", "tokens", "held out", "bytes/token", "rejected", "shards"):
+        table.add_column(column, justify="right")
+    for name, manifest in manifests.items():
+        tokens = manifest.train.tokens + manifest.held_out.tokens
+        table.add_row(
+            name,
+            f"{manifest.train.documents + manifest.held_out.documents:,}",
+            short(manifest.train.tokens),
+            short(manifest.held_out.tokens),
+            f"{manifest.text_bytes / tokens:.2f}" if manifest.text_bytes else "–",
+            f"{manifest.rejected_rows:,}",
+            f"{len(manifest.train.shards) + len(manifest.held_out.shards)}",
+        )
+    return table

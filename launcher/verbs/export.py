@@ -1,0 +1,35 @@
+"""Writes the final checkpoint of a stage as a Hugging Face folder: config.json, safetensors, tokenizer. With a prompt it also
+generates a sample from what it wrote.
+
+Keys: stage=<the last stage>  prompt=<text>  runs_dir=runs"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from launcher.config.errors import ConfigError, Problem
+from launcher.rundir.code import SOURCE_ROOT
+from launcher.rundir.freeze import read_config
+from launcher.verbs.request import read_run_words
+from launcher.verbs.runs import RUNS_DIR, find_run, one_or_more
+
+
+def run(words: Sequence[str]) -> int:
+    names, options = read_run_words(words, keys=("stage", "prompt", "runs_dir"))
+    if len(one_or_more(names)) > 1:
+        raise ConfigError(Problem("run", " ".join(names), "export takes one run", "quote the prompt: prompt='...'"))
+    directory = find_run(names[0], runs_dir=options.get("runs_dir", RUNS_DIR))
+    stages = read_config(directory).stage_names
+    stage = options.get("stage", stages[-1])
+    if stage not in stages:
+        raise ConfigError(Problem("stage", repr(stage), f"run {directory.name} has {', '.join(stages)}", f"stage={stages[-1]}"))
+    command = [sys.executable, "-m", "training.interop.export", str(directory.root), "--stage", stage]
+    command += ["--prompt", options["prompt"]] if "prompt" in options else []
+    return subprocess.run(command, env=export_environment(), check=False).returncode
+
+
+def export_environment() -> dict[str, str]:
+    """torch is imported in a process of its own, and `training` from where this package stands, not the working directory."""
+    path = os.pathsep.join(filter(None, [str(SOURCE_ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}

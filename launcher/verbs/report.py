@@ -1,0 +1,22 @@
+"""Writes report.html into the run's directory, with loss curves, exposure and what happened; one file, no network needed.
+
+Keys: runs_dir=runs"""
+
+from collections.abc import Sequence
+
+from launcher.rundir.exits import ExitClass
+from launcher.verbs.guard import refuse
+from launcher.verbs.request import read_run_words
+from launcher.verbs.runs import RUNS_DIR, find_run, one_or_more
+
+
+def run(words: Sequence[str]) -> int:
+    from launcher.report.page import ReportError, write_report
+
+    names, options = read_run_words(words, keys=("runs_dir",))
+    try:
+        for name in one_or_more(names):
+            print(write_report(find_run(name, runs_dir=options.get("runs_dir", RUNS_DIR))))
+    except ReportError as error:
+        return refuse(str(error), ExitClass.REFUSED)
+    return ExitClass.DONE

@@ -1,0 +1,72 @@
+"""Where runs stand, from the files in their directories: all runs, or those named.
+
+Keys: runs_dir=runs  out=json"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from launcher.plan.page import UNKNOWN, short
+from launcher.rundir.exits import ExitClass
+from launcher.rundir.lock import is_live
+from launcher.rundir.paths import RunDir
+from launcher.rundir.records import read_json, read_records
+from launcher.verbs.request import read_run_words, take_options
+from launcher.verbs.runs import RUNS_DIR, find_run, list_runs
+
+FROM_STATUS = ("stage", "state", "step", "tokens", "loss", "tokens_per_s", "eta_s")
+
+
+def run(words: Sequence[str]) -> int:
+    words, shown_as = take_options(words, allowed={"out": ("json",)})
+    names, options = read_run_words(words, keys=("runs_dir",))
+    runs_dir = options.get("runs_dir", RUNS_DIR)
+    runs = [find_run(name, runs_dir=runs_dir) for name in names] if names else list_runs(runs_dir)
+    rows = [status_row(found) for found in runs]
+    if shown_as:
+        print(json.dumps(rows, indent=1))
+    else:
+        Console(highlight=False).print(status_table(rows) if rows else f"no runs in {runs_dir}")
+    return ExitClass.DONE
+
+
+def status_row(run: RunDir) -> dict[str, Any]:
+    """One run. `goodput` and `jobs` belong to executors that keep them; a local run has none."""
+    status = read_json(run.status) if run.status.exists() else {}
+    events = list(read_records(run.events))
+    faults = [event for event in events if event["kind"] == "fault"]
+    row: dict[str, Any] = {"name": run.name, **{key: status.get(key) for key in FROM_STATUS}}
+    row["state"] = state_of(status, live=is_live(run))
+    launches = sum(event["kind"] == "start" for event in events)
+    row |= {
+        "goodput": None,
+        "restarts": max(0, launches - 1),
+        "last_fault": faults[-1]["error"] if faults else None,
+        "jobs": [],
+    }
+    return row
+
+
+def state_of(status: dict[str, Any], *, live: bool) -> str:
+    """status.json is as old as its writer: a run that says it is running and that nobody holds has died."""
+    state = str(status.get("state", "starting" if live else "not started"))
+    return "died" if state in ("starting", "running") and not live else state
+
+
+def status_table(rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold cyan")
+    for column in ("run", "state", "stage"):
+        table.add_column(column, no_wrap=True)
+    for column in ("step", "tokens", "loss", "tokens/s", "left", "restarts"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("last fault", ratio=1)
+    for row in rows:
+        loss = UNKNOWN if row["loss"] is None else f"{row['loss']:.3f}"
+        left = UNKNOWN if row["eta_s"] is None or row["state"] != "running" else f"{row['eta_s']:,.0f} s"
+        numbers = [short(row["step"]), short(row["tokens"]), loss, short(row["tokens_per_s"]), left, str(row["restarts"])]
+        fault = (row["last_fault"] or UNKNOWN).splitlines()[0]
+        table.add_row(row["name"], row["state"], row["stage"] or UNKNOWN, *numbers, fault)
+    return table

@@ -1,0 +1,24 @@
+"""phidias train: trains the stages of a run on this machine. Checks everything first; goes on where an earlier call stopped."""
+
+from launcher.config.errors import ConfigError, Problem
+from launcher.config.schema import RunConfig
+from launcher.plan.preflight import check_data_ready
+from launcher.rundir.freeze import open_run
+from launcher.verbs.request import Request
+
+OPTIONS: dict[str, tuple[str, ...]] = {}
+
+
+def act(request: Request) -> int:
+    from launcher.jobs.local import train
+
+    config = request.config
+    refuse_slurm(config)
+    check_data_ready(config)
+    return train(open_run(config), config)
+
+
+def refuse_slurm(config: RunConfig) -> None:
+    if config.cluster.kind == "slurm":
+        rule = "`phidias train` runs on this machine; submitting to Slurm is not part of this version"
+        raise ConfigError(Problem("cluster.kind", "slurm", rule, "cluster=local, with a layout for its ranks"))

@@ -1,0 +1,428 @@
+"""The report from a run directory whose every figure is known: history, summary, curves and page."""
+
+import base64
+import gzip
+import io
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from pydantic import TypeAdapter
+from rich.console import Console
+
+from data_prep.indexed import ShardWriter
+from data_prep.manifest import Manifest, TokenizerEntry, split_of, write_manifest
+from data_prep.statistics import unigram_entropy
+from launcher.config.schema import RunConfig
+from launcher.report.figures import EARLY_POINTS, EVEN_POINTS, build_figures, extremes, sample_rows, smooth
+from launcher.report.format import format_count, format_duration, format_number, format_percent
+from launcher.report.history import read_history
+from launcher.report.page import write_report
+from launcher.report.summary import print_summary, summarise, weighted_mean
+from launcher.report.tables import describe_event
+from launcher.rundir.paths import RunDir
+from tests.training.tiny import run_config, stage_config
+
+BATCH, SEQ_LENGTH = 8, 32
+EVALUATED = 96
+SHARES = {"pretrain": {"a": 0.75, "b": 0.25}, "midtrain": {"a": 0.5, "b": 0.3, "c": 0.2}}
+HELD_OUT = {"a": 2.0, "b": 3.0, "c": 1.0}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    def mixture(stage: str) -> dict[str, Any]:
+        sources = {name: {"inputs": ["x"], "format": "text", "share": share} for name, share in SHARES[stage].items()}
+        sources["b"]["max_epochs"] = 2.0
+        return {"name": stage, "sources": sources}
+
+    stages = [stage_config(stage={"name": name}, mixture=mixture(name)) for name in SHARES]
+    return run_config(tmp_path, stages=stages)
+
+
+@pytest.fixture
+def run(tmp_path: Path, config: RunConfig) -> RunDir:
+    run = RunDir(tmp_path / "runs" / "tiny")
+    run.root.mkdir(parents=True)
+    run.config.write_bytes(TypeAdapter(RunConfig).dump_json(config))
+    return run
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    with path.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def train_row(step: int, *, stage: str = "pretrain", loss: float | None = 4.0, **fields: Any) -> dict[str, Any]:
+    tokens = step * BATCH * SEQ_LENGTH
+    row = {
+        "time": 1000.0 + step,
+        "kind": "train",
+        "stage": stage,
+        "step": step,
+        "samples": step * BATCH,
+        "tokens": tokens,
+        "loss": loss,
+    }
+    rates = {"lr": 1e-3, "grad_norm": 0.5, "tokens_per_s": 100.0 * step, "step_time_s": 0.1, "data_wait_s": 0.0}
+    by_source = dict.fromkeys(SHARES[stage], loss) if loss is not None else {}
+    counts = {name: round(share * tokens) for name, share in SHARES[stage].items()}
+    return {**row, **rates, "loss_by_source": by_source, "tokens_by_source": counts, **fields}
+
+
+def validation_row(step: int, *, stage: str = "pretrain", plus: float = 0.0) -> dict[str, Any]:
+    losses = {name: HELD_OUT[name] + plus for name in SHARES[stage]}
+    counts = dict.fromkeys(losses, EVALUATED)
+    position = {"step": step, "samples": step * BATCH, "tokens": step * BATCH * SEQ_LENGTH}
+    loss = sum(SHARES[stage][name] * losses[name] for name in losses)
+    row = {"time": 1000.5 + step, "kind": "validation", "stage": stage, "loss": loss}
+    return {**row, **position, "loss_by_source": losses, "tokens_by_source": counts}
+
+
+def write_source(directory: Path, *, train: NDArray[Any], held_out: NDArray[Any]) -> None:
+    directory.mkdir(parents=True)
+    splits = {}
+    for split, tokens in (("train", train), ("held_out", held_out)):
+        with ShardWriter(directory / f"{split}_00000", dtype=np.dtype("uint16")) as writer:
+            writer.add_document(tokens.astype(np.uint16))
+            splits[split] = split_of([writer.close()])
+    tokenizer = TokenizerEntry(kind="huggingface", fingerprint="f", vocab_size=250, eod_id=0)
+    manifest = Manifest(
+        format_version=1,
+        source=directory.name,
+        dtype="uint16",
+        tokenizer=tokenizer,
+        text_bytes=1,
+        train=splits["train"],
+        held_out=splits["held_out"],
+        settings={},
+        rejected_rows=0,
+        empty_documents=0,
+    )
+    write_manifest(directory, manifest=manifest)
+
+
+def held_out_text(name: str) -> NDArray[Any]:
+    return np.random.default_rng(ord(name)).integers(1, 30, 400)
+
+
+@pytest.fixture
+def finished(run: RunDir, config: RunConfig) -> RunDir:
+    """Six steps of pretraining and four of midtraining over three sources of 500 unique tokens."""
+    write_rows(run.metrics, [train_row(step, loss=9.0 - step) for step in range(1, 7)])
+    write_rows(run.metrics, [validation_row(6, plus=1.0)])
+    write_rows(run.metrics, [train_row(step, stage="midtrain", loss=3.0 - step / 10) for step in range(1, 5)])
+    write_rows(run.metrics, [validation_row(4, stage="midtrain")])
+    write_rows(
+        run.events,
+        [{"time": 1000.0, "kind": "start"}, {"time": 1020.0, "kind": "stage_done", "stage": "midtrain", "exit": "DONE"}],
+    )
+    run.status.write_text(json.dumps({"name": "tiny", "stage": "midtrain", "state": "done"}))
+    for name in "abc":
+        write_source(Path(config.run.data_dir) / name, train=np.ones(500), held_out=held_out_text(name))
+    return run
+
+
+def figures_of(page: str) -> dict[str, Any]:
+    found = re.search(r'<script type="application/json" id="figures">(.*?)</script>', page, re.DOTALL)
+    assert found is not None
+    return json.loads(found[1])  # type: ignore[no-any-return]
+
+
+# History
+
+
+def test_a_crash_and_resume_leaves_one_history(run: RunDir) -> None:
+    write_rows(run.metrics, [train_row(step, loss=1.0) for step in range(1, 11)])
+    write_rows(run.metrics, [train_row(step, loss=2.0) for step in range(8, 10)])
+    train = read_history(run).stages[0].train
+    assert train["step"].tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9]  # step 10 was taken back and not trained again
+    assert train["loss"].tolist() == [1.0] * 7 + [2.0] * 2
+    assert train.loss_by_source["a"].tolist() == [1.0] * 7 + [2.0] * 2
+
+
+def test_validations_past_a_resume_are_taken_back_and_those_at_a_step_stay(run: RunDir) -> None:
+    rows = [train_row(4), validation_row(4), train_row(8), validation_row(8, plus=5.0)]
+    write_rows(run.metrics, [*rows, train_row(6), validation_row(6, plus=1.0)])
+    validation = read_history(run).stages[0].validation
+    assert validation["step"].tolist() == [4, 6]
+    assert validation.loss_by_source["b"].tolist() == [3.0, 4.0]
+
+
+def test_a_validation_logged_before_its_step_stays_through_a_resume(run: RunDir) -> None:
+    before = [train_row(4), validation_row(5), train_row(5), train_row(6)]
+    write_rows(run.metrics, [*before, validation_row(5, plus=1.0), train_row(5), train_row(6)])
+    stage = read_history(run).stages[0]
+    assert stage.train["step"].tolist() == [4, 5, 6]
+    assert stage.validation.loss_by_source["a"].tolist() == [3.0]
+
+
+def test_missing_values_are_nan_and_late_sources_start_late(run: RunDir) -> None:
+    write_rows(run.metrics, [train_row(1, loss=None), train_row(2, loss_by_source={"late": 1.5})])
+    train = read_history(run).stages[0].train
+    np.testing.assert_equal(train["loss"], [math.nan, 4.0])
+    np.testing.assert_equal(train.loss_by_source["late"], [math.nan, 1.5])
+
+
+def test_a_row_cut_off_by_a_crash_is_passed_over(run: RunDir) -> None:
+    write_rows(run.metrics, [train_row(1)])
+    with run.metrics.open("a") as file:
+        file.write('{"time": 1002.0, "kind": "tr')
+    assert len(read_history(run).stages[0].train) == 1
+
+
+def test_stages_share_one_token_axis(finished: RunDir) -> None:
+    history = read_history(finished)
+    assert [stage.tokens_before for stage in history.stages] == [0, 6 * BATCH * SEQ_LENGTH]
+    assert history.tokens == 10 * BATCH * SEQ_LENGTH
+
+
+def test_wall_time_leaves_out_the_pause_between_stop_and_resume(run: RunDir) -> None:
+    kinds = {990.0: "created", 1000.0: "start", 8999.0: "amended", 9000.0: "start", 9002.0: "resume"}
+    write_rows(run.events, [{"time": time, "kind": kind} for time, kind in kinds.items()])
+    write_rows(run.metrics, [train_row(100), train_row(50, time=9050.0)])  # the first at 1100.0, taken back by the second
+    assert read_history(run).wall_s == pytest.approx(100 + 50)
+
+
+def test_an_empty_run_has_an_empty_history(run: RunDir) -> None:
+    history = read_history(run)
+    assert (history.stages, history.tokens, history.wall_s) == ((), 0, 0.0)
+
+
+# Summary
+
+
+def test_summary_counts_tokens_epochs_and_losses(finished: RunDir, config: RunConfig) -> None:
+    summary = summarise(finished, config)
+    pretrain, midtrain = summary.stages
+    assert (pretrain.steps, pretrain.tokens, pretrain.first_loss, pretrain.last_loss) == (6, 1536, 8.0, 3.0)
+    assert pretrain.tokens_per_s == pytest.approx(350.0)  # the median of 100 ... 600
+    assert midtrain.last_loss == pytest.approx(2.6)
+    sources = {source.name: source for source in summary.sources}
+    assert sources["a"].tokens == 0.75 * 1536 + 0.5 * 1024
+    assert sources["a"].epochs == pytest.approx((0.75 * 1536 + 0.5 * 1024) / 500)
+    assert sources["c"].shares == {"midtrain": 0.2}
+    assert sources["b"].max_epochs == 2.0
+    assert not sources["b"].is_over_cap
+
+
+def test_held_out_loss_stands_against_the_entropy_of_the_same_tokens(finished: RunDir, config: RunConfig) -> None:
+    summary = summarise(finished, config)
+    entropies = {name: unigram_entropy(held_out_text(name)[1 : EVALUATED + 1]) for name in "abc"}
+    assert {source.name: source.entropy for source in summary.sources} == pytest.approx(entropies)
+    assert {source.name: source.held_out_loss for source in summary.sources} == HELD_OUT
+    assert summary.mixture_stage == "midtrain"
+    assert summary.held_out_loss == pytest.approx(0.5 * 2.0 + 0.3 * 3.0 + 0.2 * 1.0)
+    entropy = sum(SHARES["midtrain"][name] * entropies[name] for name in "abc")
+    assert summary.entropy == pytest.approx(entropy)
+    assert summary.below_entropy == pytest.approx(1 - 2.1 / entropy)
+    assert f"held-out loss 2.100 is {100 * (1 - 2.1 / entropy):.1f}% below the unigram entropy {entropy:.3f}" == summary.verdict
+
+
+def test_a_source_that_midtraining_dropped_keeps_its_last_held_out_loss(run: RunDir, config: RunConfig) -> None:
+    write_rows(run.metrics, [train_row(1), validation_row(1, plus=1.0), validation_row(1, stage="midtrain")])
+    write_rows(run.metrics, [validation_row(2, stage="midtrain") | {"loss_by_source": {"b": 7.0, "c": 8.0}}])
+    losses = {source.name: source.held_out_loss for source in summarise(run, config).sources}
+    assert losses == {"a": 2.0, "b": 7.0, "c": 8.0}
+
+
+def test_totals_leave_out_a_source_without_held_out_text_as_training_does(finished: RunDir, config: RunConfig) -> None:
+    rows = [row for row in read_rows(finished.metrics) if row["kind"] == "train"]
+    finished.metrics.unlink()
+    row = validation_row(4, stage="midtrain")
+    write_rows(finished.metrics, [*rows, row | {"loss_by_source": {"a": 2.0, "c": 1.0}}])
+    summary = summarise(finished, config)
+    assert summary.sources[1].entropy is None
+    entropies = {name: unigram_entropy(held_out_text(name)[1 : EVALUATED + 1]) for name in "ac"}
+    assert summary.held_out_loss == pytest.approx((0.5 * 2.0 + 0.2 * 1.0) / 0.7)
+    assert summary.entropy == pytest.approx((0.5 * entropies["a"] + 0.2 * entropies["c"]) / 0.7)
+
+
+def test_a_run_directory_without_its_data_is_summarised(finished: RunDir, config: RunConfig) -> None:
+    (Path(config.run.data_dir) / "a" / "manifest.json").unlink()
+    (Path(config.run.data_dir) / "b" / "held_out_00000.bin").unlink()
+    summary = summarise(finished, config)
+    a, b, c = summary.sources
+    assert (a.epochs, a.entropy, b.entropy) == (None, None, None)
+    assert b.epochs is not None
+    assert c.entropy is not None
+    assert summary.entropy is None  # a mean over fewer sources than the loss would not compare
+    assert summary.verdict == "held-out loss 2.100, unigram entropy of the held-out text not known"
+
+
+def test_printed_summary_holds_the_figures_and_the_places(finished: RunDir, config: RunConfig) -> None:
+    finished.checkpoints("pretrain").mkdir(parents=True)
+    output = io.StringIO()
+    summary = summarise(finished, config)
+    print_summary(summary, console=Console(file=output, width=120))
+    text = output.getvalue()
+    for part in ("pretrain", "8.000", "3.000", "1,536", summary.verdict, str(finished.checkpoints("pretrain"))):
+        assert part in text
+    assert str(finished.report) not in text  # not written yet
+
+
+def test_weighted_mean_wants_a_value_for_every_weight() -> None:
+    weights = {"a": 1.0, "b": 3.0}
+    assert weighted_mean({"a": 2.0, "b": 4.0, "other": 9.0}, weights=weights) == pytest.approx(3.5)
+    assert weighted_mean({"a": 2.0, "b": None}, weights=weights) is None
+    assert weighted_mean({}, weights={}) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (9_999, "9,999"), (10_000, "10.0k"), (999_499, "999k"), (999_600, "1.00M"), (9.8e12, "9.80T"), (None, "–")],
+)
+def test_counts_read_as_people_write_them(value: float | None, text: str) -> None:
+    assert format_count(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59.6, "1 min 00 s"), (3599, "59 min 59 s"), (7500, "2 h 05 min"), (90_000, "1 d 1 h"), (math.nan, "–")],
+)
+def test_durations_show_two_units(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
+
+
+def test_missing_numbers_are_a_dash() -> None:
+    assert (format_number(None), format_number(math.nan), format_percent(None)) == ("–",) * 3
+    assert (format_number(1.23456), format_percent(0.12345)) == ("1.235", "12.3%")
+
+
+# Curves
+
+
+def test_smoothing_keeps_a_straight_line_and_passes_over_missing_rows() -> None:
+    line = np.linspace(10.0, 2.0, 1001)
+    np.testing.assert_allclose(smooth(line), line, atol=1e-9)
+    noisy = np.where(np.arange(1001) % 3 == 0, np.nan, 5.0)
+    np.testing.assert_allclose(smooth(noisy)[1:-1], 5.0)
+
+
+def test_smoothing_lowers_noise() -> None:
+    noise = np.random.default_rng(0).normal(3.0, 0.2, 5000)
+    assert smooth(noise)[200:-200].std() < 0.2 / 10
+
+
+def test_decimation_bounds_the_points_and_keeps_every_spike() -> None:
+    x, y = np.arange(400_000.0), np.full(400_000, 2.0)
+    y[[123_456, 399_998]] = (50.0, -50.0)
+    few_x, few_y = extremes(x, y, points=600)
+    assert len(few_x) <= 2 * (600 + EARLY_POINTS)
+    assert few_x[few_y == 50.0].tolist() == [123_456.0]
+    assert few_x[few_y == -50.0].tolist() == [399_998.0]
+    assert (few_x[0], few_x[-1]) == (0.0, 399_999.0)
+    assert (np.diff(few_x) > 0).all()
+
+
+def test_sampled_rows_are_dense_near_the_beginning() -> None:
+    rows = sample_rows(1_000_000, points=500)
+    assert rows[0] == 0
+    assert rows[-1] == 999_999
+    assert (rows < 1000).sum() > 50
+    assert sample_rows(10, points=500).tolist() == list(range(10))
+
+
+def test_figures_hold_the_curves_over_all_stages(finished: RunDir, config: RunConfig) -> None:
+    history = read_history(finished)
+    figures = build_figures(history, config=config, summary=summarise(finished, config, history=history))
+    raw, _, held_out = figures["traces"]["loss"]
+    step = BATCH * SEQ_LENGTH
+    assert raw["x"] == [*(step * i for i in range(1, 7)), None, *(step * i for i in range(7, 11))]
+    assert raw["y"] == [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, None, 2.9, 2.8, 2.7, 2.6]
+    assert held_out["y"] == [0.75 * 3.0 + 0.25 * 4.0, None, pytest.approx(2.1)]
+    assert figures["borders"] == [{"name": "pretrain", "tokens": 0}, {"name": "midtrain", "tokens": 6 * step}]
+    names = {trace["name"]: trace["source"] for trace in figures["traces"]["sources"]}
+    assert names == {"a": 0, "a held-out": 0, "b": 1, "b held-out": 1, "c": 2, "c held-out": 2}
+
+
+def test_a_long_stage_and_a_diverged_row_still_make_a_small_valid_figure(run: RunDir, config: RunConfig) -> None:
+    rows = [train_row(step, loss=4.0) for step in range(1, 5_001)]
+    rows[2_500]["loss"] = rows[2_500]["loss_by_source"]["a"] = math.inf
+    write_rows(run.metrics, rows)
+    history = read_history(run)
+    figures = build_figures(history, config=config, summary=summarise(run, config, history=history))
+    text = json.dumps(figures, allow_nan=False)
+    longest = max(len(trace["x"]) for traces in figures["traces"].values() for trace in traces)
+    assert longest <= 2 * (EVEN_POINTS + EARLY_POINTS)
+    assert len(text) < 200_000
+
+
+# Page
+
+
+def test_page_is_self_contained_and_holds_figures_tables_and_config(finished: RunDir) -> None:
+    from plotly.offline import get_plotlyjs
+
+    finished.code.write_text(json.dumps({"version": "0.1.0", "commit": "abcdef0123456789", "dirty": True}))
+    page = write_report(finished).read_text()
+    assert not re.search(r"""(src|href)\s*=\s*["']?\s*(https?:)?//""", page)
+    assert "@import" not in page
+    assert len(page) < 5_000_000
+    packed = re.search(r'id="plotly">(.*?)</script>', page, re.DOTALL)
+    assert packed is not None
+    assert gzip.decompress(base64.b64decode(packed[1])).decode() == get_plotlyjs()
+    assert set(figures_of(page)["traces"]) == {"loss", "sources", "lr", "grad_norm", "throughput"}
+    for chart in figures_of(page)["traces"]:
+        assert f'id="chart-{chart}"' in page
+    for part in (
+        "Phidias 0.1.0 · abcdef012345 with uncommitted changes",
+        "below the unigram entropy",
+        "3.33",
+        "global_batch_size",
+        "stage done",
+    ):
+        assert part in page
+
+
+def test_text_from_files_cannot_become_markup(finished: RunDir) -> None:
+    write_rows(
+        finished.events,
+        [{"time": 2000.0, "kind": "fault", "stage": "pretrain", "error": "</script><img src=x onerror=alert(1)>"}],
+    )
+    write_rows(finished.metrics, [train_row(5, stage="midtrain", loss_by_source={"</script><b>": 1.0})])
+    page = write_report(finished).read_text()
+    assert "<img" not in page
+    assert "<b>" not in page
+    assert "&lt;/script&gt;&lt;img" in page
+
+
+def test_a_run_that_has_not_begun_has_a_page(run: RunDir) -> None:
+    page = write_report(run).read_text()
+    assert "not started" in page
+    assert figures_of(page)["entropy"] is None
+    assert "No step is logged yet." in page
+
+
+def test_exposure_over_its_cap_is_marked(finished: RunDir) -> None:
+    write_rows(finished.metrics, [train_row(5, stage="midtrain", tokens_by_source={"b": 4_000})])
+    page = write_report(finished).read_text()
+    assert page.count('class="over"') == 1
+    assert f"{(0.25 * 1536 + 4_000) / 500:.2f}</strong>" in page
+
+
+def test_events_read_as_words() -> None:
+    checkpoint = {
+        "time": 1.0,
+        "kind": "checkpoint",
+        "stage": "p",
+        "step": 1200,
+        "samples": 9600,
+        "tokens": 2e6,
+        "seconds": 1.5,
+        "bytes": 3e9,
+    }
+    assert describe_event(checkpoint) == "step 1,200 · 9,600 samples · 2.00M tokens · 1.50 s · 3.00 GB"
+    assert describe_event({"time": 1.0, "kind": "amended", "changes": {"layout.tp": [1, 2]}}) == "layout.tp: 1 → 2"
+    assert describe_event({"time": 1.0, "kind": "start", "command": ["phidias", "train"], "pid": 7}) == "phidias train · pid 7"
+    assert describe_event({"time": 1.0, "kind": "new_kind", "whatever": None, "rank": 3}) == "rank 3"
