@@ -19,8 +19,13 @@ $(STAMP): setup.cfg constraints.txt Makefile
 	else $(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0 -e '.[$(EXTRAS)]'; fi
 	touch $@
 
+# The whole way: text of this machine to a pretrained, midtrained, exported model. A second run goes on where the first stopped.
 demo: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" ./benchmarks/demo.sh
+	$(BIN)/python -m data_prep.demo runs/demo_data
+	$(BIN)/phidias data run=demo
+	$(BIN)/phidias train run=demo
+	$(BIN)/phidias export demo prompt="def main("
+	$(BIN)/phidias report demo
 
 test: setup
 	$(BIN)/python -m pytest

@@ -36,18 +36,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"phidias {installed('phidias') or 'from source'}")
         return ExitClass.DONE
-    return run_verb(words[0], words[1:])
+    return run_verb(words[0], words=words[1:])
 
 
-def run_verb(name: str, words: list[str]) -> int:
+def run_verb(name: str, *, words: list[str]) -> int:
     if name not in VERBS:
         close = difflib.get_close_matches(name, VERBS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"the verbs are {', '.join(VERBS)}"
-        return refuse(f"no verb {name!r}: {hint}", ExitClass.REFUSED)
+        return refuse(f"no verb {name!r}: {hint}", code=ExitClass.REFUSED)
     verb = VERBS[name]
     if verb.composes:
         with uncollected():
-            return guard(lambda: _module("app").run_config_verb(name, words))
+            return guard(lambda: _module("app").run_config_verb(name, words=words))
     if any(word in ("-h", "--help") for word in words):
         print(f"usage: phidias {name} {verb.usage}\n\n{_module(name).__doc__}")
         return ExitClass.DONE

@@ -14,9 +14,9 @@ Found = tuple[str | None, Problem]  # the stage it is wrong in; None where it is
 
 def check_run(config: RunConfig) -> None:
     """Raises LayoutError where only layouts are wrong, otherwise ConfigError, with all problems."""
-    layout = list(over_stages(config, LAYOUT_RULES))
+    layout = list(over_stages(config, rules=LAYOUT_RULES))
     rest = list(other_problems(config))
-    problems = list(merge_over_stages([*rest, *layout], list(config.stage_names)))
+    problems = list(merge_over_stages([*rest, *layout], names=config.stage_names))
     if problems:
         raise (ConfigError if rest else LayoutError)(*problems)
 
@@ -26,14 +26,14 @@ def other_problems(config: RunConfig) -> Iterator[Found]:
         yield None, problem
     for problem in (*check_family(config.model), *check_stage_list(config)):
         yield None, problem
-    yield from over_stages(config, (check_stage, check_start, check_optim, *PRECISION_RULES))
+    yield from over_stages(config, rules=(check_stage, check_start, check_optim, *PRECISION_RULES))
     yield from check_mixtures(config)
 
 
-def over_stages(config: RunConfig, rules: Iterable[Callable[[StageConfig, RunConfig], Iterable[Problem]]]) -> Iterator[Found]:
+def over_stages(config: RunConfig, *, rules: Iterable[Callable[..., Iterable[Problem]]]) -> Iterator[Found]:
     for rule in rules:
         for stage in config.stages:
-            for problem in rule(stage, config):
+            for problem in rule(stage, config=config):
                 yield stage.stage.name, problem
 
 
@@ -104,7 +104,7 @@ def check_stage_list(config: RunConfig) -> Iterator[Problem]:
             yield Problem("stage.name", repr(name), rule, "name the stage as its file is named")
 
 
-def check_stage(stage: StageConfig, config: RunConfig) -> Iterator[Problem]:
+def check_stage(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
     settings, chunk = stage.stage, config.data.chunk_tokens
     if chunk % settings.seq_length:
         rule = f"chunks of data.chunk_tokens ({chunk}) are cut into whole windows"
@@ -120,7 +120,7 @@ def check_stage(stage: StageConfig, config: RunConfig) -> Iterator[Problem]:
         yield Problem("stage.validation.max_tokens", str(settings.validation.max_tokens), rule, fix)
 
 
-def check_start(stage: StageConfig, config: RunConfig) -> Iterator[Problem]:
+def check_start(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
     """`init_from`: an earlier stage, of no longer sequences."""
     settings, names = stage.stage, config.run.stages
     if settings.init_from is None or settings.name not in names:
@@ -138,7 +138,7 @@ def check_start(stage: StageConfig, config: RunConfig) -> Iterator[Problem]:
             yield Problem("stage.seq_length", str(settings.seq_length), rule, f"use {before} or more")
 
 
-def check_optim(stage: StageConfig, config: RunConfig) -> Iterator[Problem]:
+def check_optim(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
     optim = stage.optim
     if optim.warmup_tokens > stage.stage.tokens:
         rule = f"warm-up must end within stage.tokens ({stage.stage.tokens:g})"

@@ -6,7 +6,7 @@ from launcher.config.errors import Problem
 from launcher.config.schema import RunConfig, StageConfig
 
 
-def check_world(stage: StageConfig, config: RunConfig) -> Iterator[Problem]:
+def check_world(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
     layout, world = stage.layout, config.cluster.world_size
     if world % layout.model_parallel_size:
         rule = f"tp * pp * cp ({layout.model_parallel_size}) must divide the {world} ranks of cluster {config.cluster.name}"
@@ -15,7 +15,7 @@ def check_world(stage: StageConfig, config: RunConfig) -> Iterator[Problem]:
         )
 
 
-def check_batch(stage: StageConfig, config: RunConfig) -> Iterator[Problem]:
+def check_batch(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
     layout, batch = stage.layout, stage.stage.global_batch_size
     if config.cluster.world_size % layout.model_parallel_size:
         return
@@ -31,7 +31,7 @@ def check_batch(stage: StageConfig, config: RunConfig) -> Iterator[Problem]:
         yield Problem("layout.vpp", str(layout.vpp), rule, "layout.vpp=1, or a batch that gives a multiple")
 
 
-def check_pipeline(stage: StageConfig, config: RunConfig) -> Iterator[Problem]:
+def check_pipeline(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
     layout, num_layers = stage.layout, config.model.num_layers
     if layout.vpp > 1 and layout.pp == 1:
         yield Problem("layout.vpp", str(layout.vpp), "virtual stages interleave a pipeline: layout.pp is 1", "layout.vpp=1")
@@ -41,7 +41,7 @@ def check_pipeline(stage: StageConfig, config: RunConfig) -> Iterator[Problem]:
         yield Problem("layout.pp", f"pp {layout.pp}, vpp {layout.vpp}", rule, fix)
 
 
-def check_tensor(stage: StageConfig, config: RunConfig) -> Iterator[Problem]:
+def check_tensor(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
     tp, model = stage.layout.tp, config.model
     split = ("num_attention_heads", "ffn_hidden_size", "padded_vocab_size")
     undivided = [f"model.{name} ({getattr(model, name)})" for name in split if getattr(model, name) % tp]
@@ -54,7 +54,7 @@ def check_tensor(stage: StageConfig, config: RunConfig) -> Iterator[Problem]:
         yield Problem("layout.tp", str(tp), f"it must divide {', '.join(undivided)}", f"one of {', '.join(map(str, good))}")
 
 
-def check_sequence(stage: StageConfig, config: RunConfig) -> Iterator[Problem]:
+def check_sequence(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
     layout, seq_length = stage.layout, stage.stage.seq_length
     if layout.sequence_parallel and layout.tp == 1:
         rule = "sequence parallelism splits the sequence over tensor-parallel ranks: layout.tp is 1"
@@ -67,7 +67,7 @@ def check_sequence(stage: StageConfig, config: RunConfig) -> Iterator[Problem]:
         yield Problem("stage.seq_length", str(seq_length), rule, "another seq_length or a smaller layout.cp")
 
 
-def check_overlap(stage: StageConfig, config: RunConfig) -> Iterator[Problem]:
+def check_overlap(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
     layout = stage.layout
     for needed in ("distributed_optimizer", "overlap_grad_reduce"):
         if layout.overlap_param_gather and not getattr(layout, needed):
@@ -80,7 +80,7 @@ def _divisors(number: int) -> str:
     return ", ".join(found[:12]) + (", ..." if len(found) > 12 else "")
 
 
-LAYOUT_RULES: tuple[Callable[[StageConfig, RunConfig], Iterator[Problem]], ...] = (
+LAYOUT_RULES: tuple[Callable[..., Iterator[Problem]], ...] = (
     check_world,
     check_batch,
     check_pipeline,

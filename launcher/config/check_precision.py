@@ -6,7 +6,7 @@ from launcher.config.errors import Problem
 from launcher.config.schema import RunConfig, StageConfig
 
 
-def check_fp8_fields(stage: StageConfig, config: RunConfig) -> Iterator[Problem]:
+def check_fp8_fields(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
     precision = stage.precision
     if precision.fp8 is None:
         if precision.fp8_format is not None:
@@ -25,7 +25,7 @@ def check_fp8_fields(stage: StageConfig, config: RunConfig) -> Iterator[Problem]
         yield Problem("precision.num_layers_at_start_in_bf16", found, rule, "fewer layers in bf16, or precision=bf16")
 
 
-def check_fp8_device(stage: StageConfig, config: RunConfig) -> Iterator[Problem]:
+def check_fp8_device(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
     if stage.precision.fp8 and config.cluster.gpu is None:
         rule = f"cluster {config.cluster.name} is CPU ranks, where megatron-core would silently train in higher precision"
         yield Problem(
@@ -33,19 +33,19 @@ def check_fp8_device(stage: StageConfig, config: RunConfig) -> Iterator[Problem]
         )
 
 
-def check_fp8_shapes(stage: StageConfig, config: RunConfig) -> Iterator[Problem]:
+def check_fp8_shapes(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
     """FP8 GEMMs take dimensions in multiples of 16 (transformer-engine); blockwise scales cover 128 values."""
     layout, recipe = stage.layout, stage.precision.fp8
     if recipe is None or config.model.num_attention_heads % layout.tp or config.model.ffn_hidden_size % layout.tp:
         return
     unit = 128 if recipe == "blockwise" else 16
-    for name, size in fp8_dimensions(stage, config).items():
+    for name, size in fp8_dimensions(stage, config=config).items():
         if size % unit:
             rule = f"FP8 {recipe} needs each rank's dimensions in multiples of {unit}: {name} is {size}"
             yield Problem("precision.fp8", recipe, rule, "another layout.tp or model size, or precision=bf16")
 
 
-def fp8_dimensions(stage: StageConfig, config: RunConfig) -> dict[str, int]:
+def fp8_dimensions(stage: StageConfig, *, config: RunConfig) -> dict[str, int]:
     """Dimensions of the linear layers on one rank, and the tokens of one micro batch."""
     model, layout = config.model, stage.layout
     groups = max(1, model.num_query_groups // layout.tp)
@@ -59,7 +59,7 @@ def fp8_dimensions(stage: StageConfig, config: RunConfig) -> dict[str, int]:
     }
 
 
-PRECISION_RULES: tuple[Callable[[StageConfig, RunConfig], Iterator[Problem]], ...] = (
+PRECISION_RULES: tuple[Callable[..., Iterator[Problem]], ...] = (
     check_fp8_fields,
     check_fp8_device,
     check_fp8_shapes,

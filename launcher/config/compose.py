@@ -47,7 +47,7 @@ def compose_run(overrides: Sequence[str], *, config_dir: str | None = None, base
         try:
             tree = compose_tree(words, base=base)
         except COMPOSITION_ERRORS as error:
-            raise explain(error, words) from error
+            raise explain(error, overrides=words) from error
     config = validate_run(tree)
     check_run(config)
     return config
@@ -66,7 +66,7 @@ def hydra_session(config_dir: str | None) -> Iterator[list[str]]:
 def compose_tree(overrides: Sequence[str], *, base: DictConfig | None = None) -> Tree:
     """The plain, resolved tree of the selected stages, not validated yet."""
     base = compose("config", list(overrides)) if base is None else base
-    selected = select_stages(overrides, base)
+    selected = select_stages(overrides, base=base)
     common = [word for word in overrides if override_key(word) != "stage"]
     trees = {}
     for name in selected:
@@ -80,16 +80,16 @@ def override_key(word: str) -> str:
     return word.partition("=")[0].lstrip("+~")
 
 
-def select_stages(overrides: Sequence[str], base: DictConfig) -> list[str]:
+def select_stages(overrides: Sequence[str], *, base: DictConfig) -> list[str]:
     """The stages to deal with: all of run.stages, or the one that `stage=` names."""
     known = stages_of_run(base)
     chosen = [word.partition("=")[2] for word in overrides if override_key(word) == "stage"][-1:]
     unknown = [name for name in chosen if name not in known]
     if unknown:
-        raise ConfigError(stage_not_in_run(unknown[0], base))
+        raise ConfigError(stage_not_in_run(unknown[0], base=base))
     selected = chosen or known
     if len(selected) > 1:
-        refuse_bare_overrides(overrides, selected)
+        refuse_bare_overrides(overrides, selected=selected)
     return selected
 
 
@@ -98,13 +98,13 @@ def stages_of_run(base: DictConfig) -> list[str]:
     return [str(name) for name in known] if OmegaConf.is_list(known) and len(known) else [base.stage.name]
 
 
-def stage_not_in_run(name: str, base: DictConfig) -> Problem:
+def stage_not_in_run(name: str, *, base: DictConfig) -> Problem:
     known = stages_of_run(base)
     rule = f"run {base.run.name!r} has the stages {', '.join(known)}"
     return Problem("stage", repr(name), rule, f"{' or '.join(f'stage={name}' for name in known)}, or name it in run.stages")
 
 
-def refuse_bare_overrides(overrides: Sequence[str], selected: Sequence[str]) -> None:
+def refuse_bare_overrides(overrides: Sequence[str], *, selected: Sequence[str]) -> None:
     """Refuses to give several stages one layout field, optimizer or mixture by a word that was meant for one."""
     names = " or ".join(f"stage={name}" for name in selected)
     rule = f"it belongs to one stage and {len(selected)} are selected"

@@ -17,7 +17,7 @@ from launcher.config.validate import did_you_mean, fields_at
 GROUPS = {*SHARED, *PER_STAGE} - {"data"}
 
 
-def explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
+def explain(error: Exception, *, overrides: Sequence[str]) -> ConfigError:
     """The refusal that says what `error` means. Needs a Hydra session (launcher.config.compose.hydra_session)."""
     if isinstance(error, OverrideParseException):
         rule = "an override is key=value; a value with special characters stands in quotes"
@@ -26,7 +26,7 @@ def explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
             Problem(override_key(word), f"{word!r} ({_first_line(error)})", rule, "write key=value, see docs/configuration.md")
         )
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        return ConfigError(_missing_file(error, overrides))
+        return ConfigError(_missing_file(error, overrides=overrides))
     if isinstance(error, HydraException) and "Could not override" in str(error):
         return ConfigError(*(_unknown_keys(overrides) or [_other(error)]))
     if isinstance(error, InterpolationToMissingValueError):
@@ -35,25 +35,25 @@ def explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
             Problem(path, "nothing", "it has no default and must be set", f"{path}=<value>, or in its YAML file")
         )
     if isinstance(error, InterpolationKeyError):
-        return ConfigError(_missing_interpolation(error, overrides))
+        return ConfigError(_missing_interpolation(error, overrides=overrides))
     return ConfigError(_other(error))
 
 
-def dotted_keys(value: Any, prefix: str = "") -> Iterator[str]:
+def dotted_keys(value: Any, *, prefix: str = "") -> Iterator[str]:
     """Every path in a plain tree, sections too."""
     if isinstance(value, dict):
         for key, item in value.items():
             path = f"{prefix}.{key}" if prefix else str(key)
             yield path
-            yield from dotted_keys(item, path)
+            yield from dotted_keys(item, prefix=path)
 
 
-def _missing_file(error: MissingConfigException, overrides: Sequence[str]) -> Problem:
+def _missing_file(error: MissingConfigException, *, overrides: Sequence[str]) -> Problem:
     group, _, name = str(error.missing_cfg_file).removesuffix(".yaml").rpartition("/")
     if f"stage={name}" in overrides:
-        return stage_not_in_run(name, _known_tree([word for word in overrides if override_key(word) != "stage"]))
+        return stage_not_in_run(name, base=_known_tree([word for word in overrides if override_key(word) != "stage"]))
     options = list(error.options or ())
-    hint = did_you_mean(name, options, otherwise="choose one of them, or add a YAML file")
+    hint = did_you_mean(name, known=options, otherwise="choose one of them, or add a YAML file")
     rule = f"{group or 'the config folder'} has {', '.join(options) or 'no such file'}"
     return Problem(group or "config", repr(name), rule, hint)
 
@@ -63,15 +63,15 @@ def _unknown_keys(overrides: Sequence[str]) -> list[Problem]:
     known = _known_tree(overrides)
     paths = [*GROUPS, *dotted_keys(OmegaConf.to_container(known, resolve=False))]
     unknown = [word for word in overrides if not word.startswith(("+", "~", "hydra")) and override_key(word) not in paths]
-    return [_unknown_key(word, paths) for word in unknown]
+    return [_unknown_key(word, paths=paths) for word in unknown]
 
 
-def _unknown_key(word: str, paths: Sequence[str]) -> Problem:
+def _unknown_key(word: str, *, paths: Sequence[str]) -> Problem:
     key, rule = override_key(word), "an override must name a key that exists"
     *parents, leaf = key.split(".")
     if ".".join(parents) in paths and leaf in fields_at(parents):
         return Problem(key, "an optional key that is not set here", f"{rule}; + adds one", f"+{word}")
-    hint = did_you_mean(key, paths, otherwise="phidias plan --cfg job shows every key")
+    hint = did_you_mean(key, known=paths, otherwise="phidias plan --cfg job shows every key")
     return Problem(key, "a key that the config does not have", rule, hint)
 
 
@@ -84,11 +84,11 @@ def _known_tree(overrides: Sequence[str]) -> DictConfig:
         return compose("config", [])
 
 
-def _missing_interpolation(error: InterpolationKeyError, overrides: Sequence[str]) -> Problem:
+def _missing_interpolation(error: InterpolationKeyError, *, overrides: Sequence[str]) -> Problem:
     wanted = re.search(r"'([^']*)'", str(error))
     name = wanted.group(1) if wanted else "?"
     keys = list(dotted_keys(OmegaConf.to_container(_known_tree(overrides), resolve=False)))
-    hint = did_you_mean(name, keys, otherwise="phidias plan --cfg job shows every key")
+    hint = did_you_mean(name, known=keys, otherwise="phidias plan --cfg job shows every key")
     return Problem(str(error.full_key), f"${{{name}}}", "an interpolation must name a key that exists", hint)
 
 

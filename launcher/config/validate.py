@@ -32,8 +32,8 @@ def validate_run(tree: dict[str, Any]) -> RunConfig:
     except ValidationError as error:
         names = [stage.get("stage", {}).get("name", str(index)) for index, stage in enumerate(tree["stages"])]
         items = [item for item in error.errors(include_url=False) if not _is_echo(item)]
-        found = [(_stage_of(item["loc"], names), _problem(item)) for item in items]
-        raise ConfigError(*merge_over_stages(found, names)) from None
+        found = [(_stage_of(item["loc"], names=names), _problem(item)) for item in items]
+        raise ConfigError(*merge_over_stages(found, names=names)) from None
 
 
 def dump_run(config: RunConfig) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def without_missing(value: Any) -> Any:
     return [without_missing(item) for item in value] if isinstance(value, list) else value
 
 
-def merge_over_stages(found: Iterable[tuple[str | None, Problem]], names: list[str]) -> Iterator[Problem]:
+def merge_over_stages(found: Iterable[tuple[str | None, Problem]], *, names: Sequence[str]) -> Iterator[Problem]:
     """One line for what is wrong in every stage alike; otherwise the path says the stage."""
     stages: dict[Problem, list[str]] = {}
     for stage, problem in found:
@@ -61,7 +61,7 @@ def merge_over_stages(found: Iterable[tuple[str | None, Problem]], names: list[s
             yield Problem(f"{problem.path} (stage {', '.join(where)})", problem.found, problem.rule, problem.fix)
 
 
-def nearest(path: str, known: Iterable[str]) -> list[str]:
+def nearest(path: str, *, known: Iterable[str]) -> list[str]:
     """Up to three existing paths the writer may have meant: first among the siblings of the part that does not exist, then by
     the last part alone (`lr` for `optim.lr`)."""
     paths = list(dict.fromkeys(known))
@@ -76,12 +76,12 @@ def nearest(path: str, known: Iterable[str]) -> list[str]:
     return [leaves[leaf] for leaf in difflib.get_close_matches(parts[-1], leaves, n=3, cutoff=0.8)]
 
 
-def did_you_mean(name: str, known: Iterable[str], *, otherwise: str) -> str:
-    close = nearest(name, known)
+def did_you_mean(name: str, *, known: Iterable[str], otherwise: str) -> str:
+    close = nearest(name, known=known)
     return f"did you mean {' or '.join(close)}?" if close else otherwise
 
 
-def _stage_of(location: tuple[int | str, ...], names: list[str]) -> str | None:
+def _stage_of(location: tuple[int | str, ...], *, names: list[str]) -> str | None:
     return names[location[1]] if len(location) > 1 and location[0] == "stages" and isinstance(location[1], int) else None
 
 
@@ -99,7 +99,7 @@ def _problem(item: Any) -> Problem:
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         parent = ".".join(str(part) for part in location[:-1])
         known = [f"{parent}.{name}".lstrip(".") for name in fields_at(location[:-1])]
-        hint = did_you_mean(path, known, otherwise=f"{parent or 'the config'} has {', '.join(fields_at(location[:-1]))}")
+        hint = did_you_mean(path, known=known, otherwise=f"{parent or 'the config'} has {', '.join(fields_at(location[:-1]))}")
         return Problem(path, "a key that the config does not have", "unknown keys are refused", hint)
     rule = item["msg"].removeprefix("Value error, ").replace("Input should", "it should")
     return Problem(
@@ -124,11 +124,11 @@ def fields_at(location: Sequence[object]) -> list[str]:
     """Field names of the dataclass a path leads to; the empty list where it leads to none."""
     kind: Any = StageConfig if location and location[0] in {field.name for field in fields(StageConfig)} else RunConfig
     for part in location:
-        kind = _inside(kind, str(part))
+        kind = _inside(kind, part=str(part))
     return [field.name for field in fields(kind)] if is_dataclass(kind) else []
 
 
-def _inside(kind: Any, part: str) -> Any:
+def _inside(kind: Any, *, part: str) -> Any:
     """The type of one key of a dataclass or dictionary, `None` left out of unions."""
     hint = get_type_hints(kind).get(part) if is_dataclass(kind) else get_args(kind)[1] if get_origin(kind) is dict else None
     return next((inner for inner in get_args(hint) if is_dataclass(inner)), hint) if get_origin(hint) is UnionType else hint

@@ -10,10 +10,10 @@ from launcher.plan.stage import bubble_fraction, plan_stage
 
 def plan_document(config: RunConfig) -> list[dict[str, Any]]:
     """What each selected stage comes to. `refusals` is empty: a config that does not fit is refused before it gets here."""
-    return [_stage_document(config, stage) for stage in config.stages]
+    return [_stage_document(stage, config=config) for stage in config.stages]
 
 
-def _stage_document(config: RunConfig, stage: StageConfig) -> dict[str, Any]:
+def _stage_document(stage: StageConfig, *, config: RunConfig) -> dict[str, Any]:
     plan, layout = plan_stage(stage, cluster=config.cluster), stage.layout
     dp = plan.data_parallel_size
     return {
@@ -21,7 +21,7 @@ def _stage_document(config: RunConfig, stage: StageConfig) -> dict[str, Any]:
         "stage": stage.stage.name,
         "model": config.model.name,
         "num_params": count_parameters(config.model).total,
-        "params_by_pipeline_stage": [count.total for count in count_by_stage(config.model, layout)],
+        "params_by_pipeline_stage": [count.total for count in count_by_stage(config.model, layout=layout)],
         "flops_per_token": flops_per_token(config.model, seq_length=stage.stage.seq_length),
         "cluster": config.cluster.name,
         "world_size": config.cluster.world_size,

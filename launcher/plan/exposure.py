@@ -27,10 +27,10 @@ def plan_exposure(config: RunConfig, *, unique_tokens: Mapping[str, float] | Non
     by_source: dict[str, list[Reading]] = {}
     for reading in readings(config):
         by_source.setdefault(reading.name, []).append(reading)
-    return [_exposure(config, rows, (unique_tokens or {}).get(name)) for name, rows in by_source.items()]
+    return [_exposure(rows, config=config, counted=(unique_tokens or {}).get(name)) for name, rows in by_source.items()]
 
 
-def _exposure(config: RunConfig, rows: list[Reading], counted: float | None) -> Exposure:
+def _exposure(rows: list[Reading], *, config: RunConfig, counted: float | None) -> Exposure:
     last, total = rows[-1], sum(stage.stage.tokens for stage in config.stages)
     unique = counted if counted is not None else last.source.unique_tokens
     caps = [row.source.max_epochs for row in rows if row.source.max_epochs is not None]
@@ -41,11 +41,11 @@ def _exposure(config: RunConfig, rows: list[Reading], counted: float | None) -> 
         unique_tokens=unique,
         epochs=None if unique is None else last.after / unique,
         max_epochs=min(caps, default=None),
-        first_repeat_token=None if unique is None else _first_repeat(config, rows, unique),
+        first_repeat_token=None if unique is None else _first_repeat(rows, config=config, unique=unique),
     )
 
 
-def _first_repeat(config: RunConfig, rows: list[Reading], unique: float) -> float | None:
+def _first_repeat(rows: list[Reading], *, config: RunConfig, unique: float) -> float | None:
     """Shares are spread evenly over a stage, so the source's end is reached at a proportional place in it."""
     starts: dict[str, float] = {}
     for stage in config.stages:

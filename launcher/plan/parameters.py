@@ -48,7 +48,7 @@ def norm_parameters(model: ModelConfig) -> int:
     return model.hidden_size * (2 if model.normalization == "layernorm" else 1)
 
 
-def count_by_stage(model: ModelConfig, layout: Layout) -> list[ParameterCount]:
+def count_by_stage(model: ModelConfig, *, layout: Layout) -> list[ParameterCount]:
     """Parameters on one rank of each pipeline stage, first stage first. A tied table lies on the first and the last one."""
     table = model.padded_vocab_size // layout.tp * model.hidden_size
     layers = model.num_layers // layout.pp * layer_parameters(model, tp=layout.tp)

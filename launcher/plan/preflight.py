@@ -17,12 +17,12 @@ RUN_DATA = "run `phidias data` with the same overrides"
 def check_data_ready(config: RunConfig) -> dict[str, Manifest]:
     """The manifest of every source; ConfigError with everything that keeps the run from reading its data."""
     manifests, problems = read_manifests(config)
-    problems += [*check_tokenizer(config, manifests), *check_vocabulary(config, manifests)]
+    problems += [*check_tokenizer(config, manifests=manifests), *check_vocabulary(config, manifests=manifests)]
     found: list[tuple[str | None, Problem]] = [(None, problem) for problem in problems]
-    found += check_windows(config, manifests)
+    found += check_windows(config, manifests=manifests)
     found += check_caps(config, unique_tokens={name: manifest.train.tokens for name, manifest in manifests.items()})
     if found:
-        raise ConfigError(*merge_over_stages(found, list(config.stage_names)))
+        raise ConfigError(*merge_over_stages(found, names=config.stage_names))
     return manifests
 
 
@@ -51,7 +51,7 @@ def read_manifests(config: RunConfig) -> tuple[dict[str, Manifest], list[Problem
     return manifests, problems
 
 
-def check_tokenizer(config: RunConfig, manifests: Mapping[str, Manifest]) -> list[Problem]:
+def check_tokenizer(config: RunConfig, *, manifests: Mapping[str, Manifest]) -> list[Problem]:
     """Every source was made by the run's tokenizer; without its file, at least all by one."""
     try:
         wanted = build_tokenizer(config.tokenizer).fingerprint
@@ -66,7 +66,7 @@ def check_tokenizer(config: RunConfig, manifests: Mapping[str, Manifest]) -> lis
     ]
 
 
-def check_vocabulary(config: RunConfig, manifests: Mapping[str, Manifest]) -> list[Problem]:
+def check_vocabulary(config: RunConfig, *, manifests: Mapping[str, Manifest]) -> list[Problem]:
     """Token ids beyond the padded vocabulary would index past the embedding table."""
     padded = config.model.padded_vocab_size
     sizes = {name: manifest.tokenizer.vocab_size for name, manifest in manifests.items()}
@@ -78,7 +78,7 @@ def check_vocabulary(config: RunConfig, manifests: Mapping[str, Manifest]) -> li
     return [Problem("model.padded_vocab_size", str(padded), rule, f"model.padded_vocab_size={-(-size // 128) * 128}")]
 
 
-def check_windows(config: RunConfig, manifests: Mapping[str, Manifest]) -> Iterator[tuple[str | None, Problem]]:
+def check_windows(config: RunConfig, *, manifests: Mapping[str, Manifest]) -> Iterator[tuple[str | None, Problem]]:
     for stage in config.stages:
         needed = stage.stage.seq_length + 1
         for name in stage.mixture.sources:

@@ -28,13 +28,13 @@ class Changes:
     added_stages: list[str]
 
 
-def compare(frozen: RunConfig, config: RunConfig) -> Changes:
+def compare(frozen: RunConfig, *, config: RunConfig) -> Changes:
     """What `config` changes in the frozen one. Stages it does not select stay as they are."""
     added = [name for name in config.stage_names if name not in frozen.stage_names]
     before, after = by_stage_name(frozen), by_stage_name(config)
     common = {name: row for name, row in before["stages"].items() if name in after["stages"]}
     after["stages"] = {name: row for name, row in after["stages"].items() if name in common}
-    changes = list(differences({**before, "stages": common}, after))
+    changes = list(differences({**before, "stages": common}, after=after))
     lost = [name for name in frozen.stage_names if name not in config.run.stages]
     refused = [change for change in changes if FIXED.match(change[0]) or (change[0] == "run.stages" and lost)]
     return Changes(refused, [change for change in changes if change not in refused], added)
@@ -46,17 +46,17 @@ def by_stage_name(config: RunConfig) -> dict[str, Any]:
     return {**tree, "stages": {row["stage"]["name"]: row for row in tree["stages"]}}
 
 
-def differences(before: Any, after: Any, path: str = "") -> Iterator[Change]:
+def differences(before: Any, *, after: Any, path: str = "") -> Iterator[Change]:
     """Leaves that differ, by dotted path; a list is a leaf."""
     if isinstance(before, dict) and isinstance(after, dict):
         for key in dict.fromkeys([*before, *after]):
             inner = f"{path}.{key}" if path else str(key)
-            yield from differences(before.get(key, ABSENT), after.get(key, ABSENT), inner)
+            yield from differences(before.get(key, ABSENT), after=after.get(key, ABSENT), path=inner)
     elif before != after:
         yield path, before, after
 
 
-def describe_refusal(run: RunDir, refused: list[Change]) -> str:
+def describe_refusal(run: RunDir, *, refused: list[Change]) -> str:
     lines = [f"  {path}: the run has {shown(old)}, asked for {shown(new)}" for path, old, new in refused]
     return "\n".join(
         [

@@ -18,6 +18,10 @@ class CheckpointError(Exception):
     """A checkpoint that cannot be written or read: what was found, the rule, the fix."""
 
 
+class DiskFullError(CheckpointError):
+    """A checkpoint that found no room; a person has to make some."""
+
+
 @dataclass(frozen=True)
 class Meta:
     """meta.json: what a checkpoint is. `ledger` is what the run had consumed, `start_ledger` where the stage began."""

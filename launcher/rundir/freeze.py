@@ -35,9 +35,9 @@ def open_run(config: RunConfig) -> RunDir:
     run.root.mkdir(parents=True, exist_ok=True)
     with lock_run(run):
         if run.config.exists():
-            _reopen(run, config)
+            _reopen(run, config=config)
         else:
-            _write(run, config)
+            _write(run, config=config)
             append_record(run.events, "created", stages=list(config.stage_names))
         _record_code(run)
     return run
@@ -83,31 +83,31 @@ def refuse_foreign(run: RunDir) -> None:
         raise RunStateError(f"{found}: it is not a run. Fix: another run.name, or move these files away")
 
 
-def _reopen(run: RunDir, config: RunConfig) -> None:
+def _reopen(run: RunDir, *, config: RunConfig) -> None:
     frozen = read_config(run)
-    changes = compare(frozen, config)
+    changes = compare(frozen, config=config)
     if changes.refused:
-        raise RunStateError(describe_refusal(run, changes.refused))
-    merged = merge(frozen, config)
+        raise RunStateError(describe_refusal(run, refused=changes.refused))
+    merged = merge(frozen, config=config)
     if merged != frozen:
         check_run(merged)
-        _write(run, merged)
-        _record(run, changes)
+        _write(run, config=merged)
+        _record(run, changes=changes)
 
 
-def merge(frozen: RunConfig, config: RunConfig) -> RunConfig:
+def merge(frozen: RunConfig, *, config: RunConfig) -> RunConfig:
     """`config`, together with the frozen stages that it does not select, in the order of run.stages."""
     rows: dict[str, StageConfig] = {stage.stage.name: stage for stage in (*frozen.stages, *config.stages)}
     return replace(config, stages=tuple(rows[name] for name in config.run.stages if name in rows))
 
 
-def _write(run: RunDir, config: RunConfig) -> None:
+def _write(run: RunDir, *, config: RunConfig) -> None:
     text = yaml.safe_dump(dump_run(config), sort_keys=False, width=128, allow_unicode=True)
     write_atomic(run.config, HEADER.format(version=code_version()["version"]) + text)
     write_json(run.plan, plan_document(config))
 
 
-def _record(run: RunDir, changes: Changes) -> None:
+def _record(run: RunDir, *, changes: Changes) -> None:
     for name in changes.added_stages:
         append_record(run.events, "stage_added", stage=name)
     if changes.amended:
@@ -122,10 +122,10 @@ def _record_code(run: RunDir) -> None:
         return
     write_json(run.code, code)
     if before is not None:
-        append_record(run.events, "code_changed", changes=dict(_differing(before, code)))
+        append_record(run.events, "code_changed", changes=dict(_differing(before, after=code)))
 
 
-def _differing(before: dict[str, Any], after: dict[str, Any]) -> Iterable[tuple[str, list[Any]]]:
+def _differing(before: dict[str, Any], *, after: dict[str, Any]) -> Iterable[tuple[str, list[Any]]]:
     for key in before.keys() | after.keys():
         if before.get(key) != after.get(key):
             yield key, [before.get(key), after.get(key)]

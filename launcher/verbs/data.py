@@ -22,9 +22,9 @@ OPTIONS = {"dry": ("true", "false"), "action": ("verify",)}
 
 
 def act(request: Request) -> int:
-    actions: dict[bool, Callable[[RunConfig, Console], int]] = {True: verify, False: prepare}
+    actions: dict[bool, Callable[..., int]] = {True: verify, False: prepare}
     action = list_only if request.options.get("dry") == "true" else actions["action" in request.options]
-    return action(request.config, Console(highlight=False))
+    return action(request.config, console=Console(highlight=False))
 
 
 def sources_of(config: RunConfig) -> dict[str, Source]:
@@ -32,7 +32,7 @@ def sources_of(config: RunConfig) -> dict[str, Source]:
     return {name: source for stage in config.stages for name, source in stage.mixture.sources.items()}
 
 
-def prepare(config: RunConfig, console: Console) -> int:
+def prepare(config: RunConfig, *, console: Console) -> int:
     sources = sources_of(config)
     with DataProgress(sources, console=console) as progress:
         manifests = prepare_sources(
@@ -45,12 +45,12 @@ def prepare(config: RunConfig, console: Console) -> int:
         )
     console.print(f"data in {config.run.data_dir}:")
     console.print(manifest_table(manifests))
-    if problems := check_vocabulary(config, manifests):
+    if problems := check_vocabulary(config, manifests=manifests):
         raise ConfigError(*problems)
     return ExitClass.DONE
 
 
-def list_only(config: RunConfig, console: Console) -> int:
+def list_only(config: RunConfig, *, console: Console) -> int:
     """dry=true: the files each source would read. Globs that match nothing are refused, as they would be."""
     console.print(f"would be written to {config.run.data_dir}:")
     table = Table("source", box=None, pad_edge=False, header_style="bold cyan")
@@ -62,7 +62,7 @@ def list_only(config: RunConfig, console: Console) -> int:
     return ExitClass.DONE
 
 
-def verify(config: RunConfig, console: Console) -> int:
+def verify(config: RunConfig, *, console: Console) -> int:
     findings = {name: verify_source(Path(config.run.data_dir) / name) for name in sources_of(config)}
     for name, lines in findings.items():
         console.print(f"{name}: {'shards agree with the manifest' if not lines else f'{len(lines)} findings'}")

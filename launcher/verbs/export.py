@@ -20,7 +20,13 @@ def run(words: Sequence[str]) -> int:
     if len(one_or_more(names)) > 1:
         raise ConfigError(Problem("run", " ".join(names), "export takes one run", "quote the prompt: prompt='...'"))
     directory = find_run(names[0], runs_dir=options.get("runs_dir", RUNS_DIR))
-    stages = read_config(directory).stage_names
+    config = read_config(directory)
+    if config.model.family is None:
+        rule = "a model without a family has no Hugging Face class"
+        raise ConfigError(
+            Problem("model.family", "null", rule, "train it with model.family=phi3 or llama, where the shape allows")
+        )
+    stages = config.stage_names
     stage = options.get("stage", stages[-1])
     if stage not in stages:
         raise ConfigError(Problem("stage", repr(stage), f"run {directory.name} has {', '.join(stages)}", f"stage={stages[-1]}"))

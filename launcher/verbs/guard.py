@@ -32,14 +32,14 @@ def guard(action: Callable[[], int]) -> int:
         if debugging():
             traceback.print_exc()
         code = next(code for kind, code in CODES.items() if isinstance(error, kind))
-        return refuse(str(error) or "interrupted", code)
+        return refuse(str(error) or "interrupted", code=code)
 
 
 def debugging() -> bool:
     return os.environ.get("PHIDIAS_DEBUG") == "1"
 
 
-def refuse(message: str, code: ExitClass) -> int:
+def refuse(message: str, *, code: ExitClass) -> int:
     sys.stdout.flush()
     print(f"phidias: {message}", file=sys.stderr)
     return code

@@ -1,10 +1,12 @@
-"""Writes report.html into the run's directory, with loss curves, exposure and what happened; one file, no network needed.
+"""Prints what a run came to, and writes report.html into its directory, with loss curves, exposure and what happened; one file,
+no network needed.
 
 Keys: runs_dir=runs"""
 
 from collections.abc import Sequence
 
 from launcher.rundir.exits import ExitClass
+from launcher.rundir.freeze import read_config
 from launcher.verbs.guard import refuse
 from launcher.verbs.request import read_run_words
 from launcher.verbs.runs import RUNS_DIR, find_run, one_or_more
@@ -12,11 +14,15 @@ from launcher.verbs.runs import RUNS_DIR, find_run, one_or_more
 
 def run(words: Sequence[str]) -> int:
     from launcher.report.page import ReportError, write_report
+    from launcher.report.summary import print_summary, summarise
 
     names, options = read_run_words(words, keys=("runs_dir",))
     try:
         for name in one_or_more(names):
-            print(write_report(find_run(name, runs_dir=options.get("runs_dir", RUNS_DIR))))
+            directory = find_run(name, runs_dir=options.get("runs_dir", RUNS_DIR))
+            page = write_report(directory)
+            print_summary(summarise(directory, read_config(directory)))
+            print(f"report: {page}")
     except ReportError as error:
-        return refuse(str(error), ExitClass.REFUSED)
+        return refuse(str(error), code=ExitClass.REFUSED)
     return ExitClass.DONE

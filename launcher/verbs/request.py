@@ -44,7 +44,7 @@ def read_run_words(words: Sequence[str], *, keys: Sequence[str]) -> tuple[list[s
     unknown = [key for key in options if key not in keys] + flags
     if unknown:
         raise ConfigError(
-            *(Problem(key, "an option this verb does not have", _rule(keys), _hint(key, keys)) for key in unknown)
+            *(Problem(key, "an option this verb does not have", _rule(keys), _hint(key, keys=keys)) for key in unknown)
         )
     return names, options
 
@@ -53,6 +53,6 @@ def _rule(keys: Sequence[str]) -> str:
     return f"it takes run names and {', '.join(f'{key}=' for key in keys)}"
 
 
-def _hint(key: str, keys: Sequence[str]) -> str:
+def _hint(key: str, *, keys: Sequence[str]) -> str:
     close = difflib.get_close_matches(key, keys, n=1)
     return f"did you mean {close[0]}=?" if close else "leave it out; overrides belong to plan, exposure, data and train"

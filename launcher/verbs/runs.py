@@ -23,7 +23,7 @@ def find_run(name: str, *, runs_dir: str) -> RunDir:
         if (root / "config.yaml").exists():
             return RunDir(root)
     names = [run.name for run in list_runs(runs_dir)]
-    close = nearest(name, names)
+    close = nearest(name, known=names)
     known = f"did you mean {' or '.join(close)}?" if close else f"it holds {', '.join(names) or 'no run'}."
     raise RunStateError(f"no run {name!r} in {runs_dir}: {known} Fix: a name `phidias status` lists, or runs_dir=<path>")
 

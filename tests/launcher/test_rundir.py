@@ -1,0 +1,254 @@
+"""The run directory: what is frozen, what may be amended, what makes it another run, and who holds it."""
+
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launcher.config.compose import compose_run
+from launcher.config.errors import ConfigError
+from launcher.rundir import freeze
+from launcher.rundir.code import code_version
+from launcher.rundir.exits import RunStateError
+from launcher.rundir.freeze import open_run, read_config
+from launcher.rundir.lock import is_live, lock_run
+from launcher.rundir.paths import RunDir
+from launcher.rundir.records import read_json, read_records
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def demo(tmp_path):
+    """Composes run=demo with more overrides, in a runs_dir of the test."""
+    return lambda *words: compose_run([f"run.runs_dir={tmp_path / 'runs'}", *words])
+
+
+def kinds(run):
+    return [row["kind"] for row in read_records(run.events)]
+
+
+def test_a_new_run_freezes_config_plan_and_code(demo):
+    config = demo()
+    run = open_run(config)
+    assert read_config(run) == config
+    assert [stage["stage"] for stage in read_json(run.plan)] == ["demo_pretrain", "demo_midtrain"]
+    assert read_json(run.code) == code_version()
+    assert read_json(run.code)["packages"].keys() >= {"megatron-core", "torch"}
+    assert kinds(run) == ["created"]
+    assert yaml.safe_load(run.config.read_text())["schema_version"] == 1
+
+
+def test_the_same_config_again_changes_nothing(demo):
+    run = open_run(demo())
+    before = run.config.read_bytes(), run.config.stat().st_mtime_ns
+    open_run(demo())
+    assert (run.config.read_bytes(), run.config.stat().st_mtime_ns) == before
+    assert kinds(run) == ["created"]
+
+
+def test_stages_are_added_in_the_order_of_the_run(demo):
+    run = open_run(demo("stage=demo_midtrain"))
+    open_run(demo("stage=demo_pretrain"))
+    assert read_config(run) == demo()
+    assert kinds(run) == ["created", "stage_added"]
+
+
+def test_a_selected_stage_leaves_the_others_as_they_are(demo):
+    run = open_run(demo("stage.tokens=1e6"))
+    open_run(demo("stage=demo_midtrain"))
+    assert [stage.stage.tokens for stage in read_config(run).stages] == [1e6, 5e5]
+
+
+AMENDABLE = [
+    "layout.micro_batch_size=4",
+    "optim.lr=1e-3",
+    "stage.tokens=3e6",
+    "stage.global_batch_size=64",
+    "precision=bf16",
+    "cluster.timeout_s=100",
+    "monitor.log_interval=5",
+    "run.data_dir=elsewhere",
+    "data.num_workers=1",
+    "mixture.sources.code.max_epochs=2",
+]
+
+
+@pytest.mark.parametrize("word", AMENDABLE)
+def test_what_may_change_is_amended_and_recorded(demo, word):
+    run = open_run(demo("stage=demo_pretrain"))
+    changed = demo("stage=demo_pretrain", word)
+    open_run(changed)
+    assert read_config(run) == changed
+    assert kinds(run) == ["created", "amended"]
+    changes = list(read_records(run.events))[-1]["changes"]
+    assert any(path.endswith(word.partition("=")[0].rpartition(".")[2]) or "precision" in path for path in changes), changes
+    assert all(old != new for old, new in changes.values())
+    assert read_json(run.plan)[0]["tokens"] == changed.stages[0].stage.tokens
+
+
+# overrides, the path refused, frozen and new value as shown
+FIXED = [
+    (["model.num_layers=2"], "model.num_layers", "4", "2"),
+    (["run.seed=7"], "run.seed", "42", "7"),
+    (["tokenizer.eod=x"], "tokenizer.eod", "'<|endoftext|>'", "'x'"),
+    (["data.chunk_tokens=8192"], "data.chunk_tokens", "4096", "8192"),
+    (["data.group_tokens=2097152"], "data.group_tokens", "65536", "2097152"),
+    (["data.held_out_fraction=0.1"], "data.held_out_fraction", "0.05", "0.1"),
+    (["stage.seq_length=256"], "stages.demo_pretrain.stage.seq_length", "128", "256"),
+    (["stage.rotary_base=5"], "stages.demo_pretrain.stage.rotary_base", "10000", "5"),
+    (
+        ["mixture.sources.code.share=0.4", "mixture.sources.prose.share=0.4"],
+        "stages.demo_pretrain.mixture.sources.code.share",
+        "0.5",
+        "0.4",
+    ),
+    (["~mixture.sources.prose", "mixture.sources.code.share=0.8"], "stages.demo_pretrain.mixture.sources.prose", "{", "absent"),
+]
+
+
+@pytest.mark.parametrize(("words", "path", "old", "new"), FIXED, ids=[" ".join(fixed[0]) for fixed in FIXED])
+def test_what_makes_another_run_is_refused_with_both_values(demo, words, path, old, new):
+    run = open_run(demo("stage=demo_pretrain"))
+    before = run.config.read_bytes()
+    with pytest.raises(RunStateError) as caught:
+        open_run(demo("stage=demo_pretrain", *words))
+    text = str(caught.value)
+    assert f"  {path}: the run has {old}" in text and new in text
+    assert "another run.name" in text
+    assert run.config.read_bytes() == before and kinds(run) == ["created"]
+
+
+def test_all_refused_differences_are_named(demo):
+    open_run(demo())
+    with pytest.raises(RunStateError) as caught:
+        open_run(demo("model.num_layers=2", "run.seed=7", "data.chunk_tokens=8192"))
+    assert all(path in str(caught.value) for path in ("model.num_layers", "run.seed", "data.chunk_tokens"))
+
+
+def test_a_stage_the_run_has_may_not_leave_its_list(demo):
+    open_run(demo())
+    with pytest.raises(RunStateError, match=r"run\.stages"):
+        open_run(demo("run.stages=[demo_pretrain]"))
+
+
+def test_stages_that_do_not_fit_together_are_refused_before_writing(demo):
+    """Each call is right alone; together code would be two sources under one name."""
+    run = open_run(demo("stage=demo_pretrain"))
+    before = run.config.read_bytes()
+    with pytest.raises(ConfigError, match="one name is one source"):
+        open_run(demo("stage=demo_midtrain", "mixture.sources.code.inputs=[elsewhere/*]"))
+    assert run.config.read_bytes() == before
+
+
+def test_a_folder_of_something_else_is_refused(demo, tmp_path):
+    foreign = tmp_path / "runs" / "demo"
+    foreign.mkdir(parents=True)
+    open_run(demo("run.name=empty"))
+    (foreign / "thesis.tex").write_text("")
+    with pytest.raises(RunStateError, match=r"holds thesis\.tex and no config\.yaml"):
+        open_run(demo())
+    assert [path.name for path in foreign.iterdir()] == ["thesis.tex"]
+
+
+def test_an_empty_folder_and_leftovers_of_a_crash_become_the_run(demo, tmp_path):
+    run = RunDir(tmp_path / "runs" / "demo")
+    run.root.mkdir(parents=True)
+    run.lock.touch()
+    (run.root / ".config.yaml.123.tmp").touch()
+    assert read_config(open_run(demo())) == demo()
+
+
+def test_no_run_a_newer_one_and_an_edited_one(demo, tmp_path):
+    with pytest.raises(RunStateError, match="no run at"):
+        read_config(RunDir(tmp_path / "nothing"))
+    run = open_run(demo())
+    text = run.config.read_text()
+    run.config.write_text(text.replace("schema_version: 1", "schema_version: 99"))
+    with pytest.raises(RunStateError, match="schema_version 99; this code reads up to 1"):
+        read_config(run)
+    with pytest.raises(RunStateError, match="schema_version 99"):
+        open_run(demo())
+    run.config.write_text(text.replace("num_layers: 4", "num_layers: four"))
+    with pytest.raises(RunStateError, match=r"changed by hand(.|\n)*model\.num_layers"):
+        read_config(run)
+    run.config.write_text("{")
+    with pytest.raises(RunStateError, match="not a frozen config"):
+        read_config(run)
+
+
+def test_older_configs_are_upgraded(demo, monkeypatch):
+    run = open_run(demo())
+    tree = yaml.safe_load(run.config.read_text())
+    tree["schema_version"], tree["model"]["depth"] = 0, tree["model"].pop("num_layers")
+    run.config.write_text(yaml.safe_dump(tree))
+
+    def rename(old):
+        model = {("num_layers" if key == "depth" else key): value for key, value in old["model"].items()}
+        return {**old, "model": model}
+
+    monkeypatch.setitem(freeze.UPGRADES, 0, rename)
+    assert read_config(run) == demo()
+
+
+def test_new_code_on_an_old_run_is_recorded(demo, monkeypatch):
+    run = open_run(demo())
+    monkeypatch.setattr(freeze, "code_version", lambda: {**code_version(), "commit": "f" * 40})
+    open_run(demo())
+    assert kinds(run) == ["created", "code_changed"]
+    assert read_json(run.code)["commit"] == "f" * 40
+
+
+def test_floats_survive_yaml(demo):
+    config = demo(
+        "stage.tokens=9.8e12", "data.held_out_fraction=1e-7", "mixture.sources.code.max_epochs=1e9", "stage=demo_pretrain"
+    )
+    config = replace(config, stages=config.stages[:1])
+    assert read_config(open_run(config)) == config
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from launcher.rundir.lock import lock_run
+from launcher.rundir.paths import RunDir
+with lock_run(RunDir(Path(sys.argv[1]))):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_live_run_has_one_launcher(demo):
+    run = open_run(demo())
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(run.root)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        assert is_live(run)
+        with pytest.raises(RunStateError, match=rf"run demo is live \(pid {holder.pid} on .* since .*\)"), lock_run(run):
+            pass
+        with pytest.raises(RunStateError, match="is live"):
+            open_run(demo("stage.tokens=3e6"))
+        assert kinds(run) == ["created"]
+    finally:
+        holder.kill()
+        holder.wait()
+    with lock_run(run):
+        assert is_live(run)
+    assert not is_live(run)
+
+
+def test_a_child_that_inherits_the_lock_keeps_it(demo):
+    run = open_run(demo())
+    with lock_run(run) as descriptor:
+        child = subprocess.Popen(["sleep", "60"], pass_fds=[descriptor])
+    try:
+        assert is_live(run)
+    finally:
+        child.kill()
+        child.wait()
+    time.sleep(0.05)
+    assert not is_live(run)
