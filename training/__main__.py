@@ -24,13 +24,14 @@ def main() -> ExitClass:
     run = RunDir(arguments.run_dir)
     try:
         return train(run, stage_name=arguments.stage)
-    except Exception as error:
+    except BaseException as error:  # some of torch's are no Exception
         report_fault(run, arguments.stage, error)
         return exit_class(error)
 
 
 def train(run: RunDir, *, stage_name: str) -> ExitClass:
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    # What the libraries say of themselves, on every rank, hides what a run says.
+    warnings.filterwarnings("ignore", module=r"(megatron|torch|training\.cpu)")
     if not torch.cuda.is_available():
         from training import cpu
 

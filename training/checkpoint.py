@@ -25,9 +25,10 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint.api import CheckpointException
 
 from launcher.config.schema import Layout, Optim
-from launcher.rundir.checkpoints import CheckpointError, Meta, Saved, prune
+from launcher.rundir.checkpoints import CheckpointError, DiskFullError, Meta, Saved, prune
 from launcher.rundir.paths import RunDir
 from launcher.rundir.records import append_record, write_json
 from training.errors import is_disk_full
@@ -71,7 +72,7 @@ class Checkpointer:
         dist.barrier()
         try:
             self._write(partial)
-        except Exception as error:
+        except (Exception, CheckpointException) as error:  # the latter, torch's, is no Exception
             raise self._unwritten(final, error) from error
         if dist.get_rank() == 0:
             self._publish(partial, final, meta, seconds=time.monotonic() - began, keep_last=keep_last)
@@ -124,19 +125,17 @@ class Checkpointer:
         if final.exists():  # written by an earlier try that was rewound past it
             shutil.rmtree(final)
         partial.rename(final)
-        row = {"stage": meta.stage, "step": meta.step, "samples": meta.samples, "tokens": meta.tokens, "path": final.name}
-        append_record(self.directory / "index.jsonl", "checkpoint", **row, finished=meta.finished)
+        row = {name: getattr(meta, name) for name in ("stage", "step", "samples", "tokens", "finished")} | {"path": final.name}
+        append_record(self.directory / "index.jsonl", "checkpoint", **row)
         append_record(self.run.events, "checkpoint", **row, seconds=round(seconds, 3), bytes=sum(files.values()))
         prune(self.directory, keep_last=keep_last)
 
-    def _unwritten(self, final: Path, error: Exception) -> CheckpointError:
+    def _unwritten(self, final: Path, error: BaseException) -> CheckpointError:
         shutil.rmtree(final.with_name(final.name + ".partial"), ignore_errors=True)
-        full = is_disk_full(error) or "No space left" in str(error)
-        reason = "the disk is full" if full else f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-        return CheckpointError(
-            f"{final}: could not be written: {reason}; earlier checkpoints are untouched and the run resumes from the newest. "
-            "Fix: free space (or lower stage.checkpoint.keep_last) and start the run again"
-        )
+        kept = f"{final} could not be written; earlier checkpoints are untouched and the run resumes from the newest"
+        if is_disk_full(error):
+            return DiskFullError(f"the disk is full: {kept}. Fix: free space there, or lower stage.checkpoint.keep_last")
+        return CheckpointError(f"{type(error).__name__}: {kept}. Fix: see the trace in the log of this stage")
 
     def _named_chunks(self) -> list[tuple[str, torch.nn.Module]]:
         chunks = unwrap_model(self.chunks)

@@ -3,8 +3,11 @@
 import errno
 
 from data_prep.errors import DataError
-from launcher.rundir.checkpoints import CheckpointError
+from launcher.rundir.checkpoints import CheckpointError, DiskFullError
 from launcher.rundir.exits import ExitClass, RunStateError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL_TEXTS = (*(f"[Errno {number}]" for number in FULL), "unexpected pos")
 
 
 class PrecisionError(Exception):
@@ -17,19 +20,22 @@ class NonFiniteError(Exception):
 
 def exit_class(error: BaseException) -> ExitClass:
     """The exit class of a fault. A full disk and a diverged loss wait for a person; what is unknown may be tried again."""
+    if isinstance(error, (NonFiniteError, DiskFullError)) or is_disk_full(error):
+        return ExitClass.NEEDS_PERSON
     if isinstance(error, (DataError, PrecisionError)):
         return ExitClass.REFUSED
     if isinstance(error, (CheckpointError, RunStateError)):
         return ExitClass.STATE
-    if isinstance(error, NonFiniteError) or is_disk_full(error):
-        return ExitClass.NEEDS_PERSON
     return ExitClass.RETRYABLE
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether the error, or one it was raised from, is the system saying that no more can be written."""
+    """Whether the error, or one it came from, is the system saying that no more can be written. Megatron's writer processes
+    hand their errors on as text alone; torch's zip writer notices a short write as a wrong position."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if isinstance(error, OSError) and error.errno in FULL:
+            return True
+        if any(sign in str(error) for sign in FULL_TEXTS):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node N -m tests.training.ranks <work dir> <case> [<case> ...]
 
-A case is `layout:<name>`: train a fresh run in that layout; `resume:<name>[:<dtype>]`; or `move:<name>:<name>`: save in one layout,
-go on in another. tests/training/test_ranks.py compares the results.
+A case is `layout:<name>`: train a fresh run in that layout; `resume:<name>[:<dtype>]`: stop half way and go on; or
+`move:<name>:<name>`: save in one layout, go on in another. tests/training/test_ranks.py compares the results.
 """
 
 import hashlib

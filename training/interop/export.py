@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,15 +87,21 @@ def write_weights(tensors: Iterator[tuple[str, Tensor]], directory: Path) -> tup
         shards[-1][name] = tensor.contiguous()
         size, total, dtype = size + num_bytes, total + num_bytes, tensor.dtype
     if len(shards) == 1:
-        save_file(shards[0], directory / "model.safetensors", metadata={"format": "pt"})
+        write_shard(shards[0], directory / "model.safetensors")
         return total, dtype
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
-        save_file(shard, directory / name, metadata={"format": "pt"})
+        write_shard(shard, directory / name)
     weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_json_file(directory / "model.safetensors.index.json", index)
     return total, dtype
+
+
+def write_shard(tensors: dict[str, Tensor], path: Path) -> None:
+    """save_file, readable as the user's other files are: safetensors makes its files readable by the owner alone."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod((path.parent.stat().st_mode & 0o666) | 0o600)
 
 
 def write_json_file(path: Path, fields: dict[str, object]) -> None:
@@ -133,6 +140,7 @@ def main() -> ExitClass:
     parser.add_argument("--stage", required=True)
     parser.add_argument("--prompt")
     arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process reads the checkpoint
     run = RunDir(arguments.run_dir)
     try:
         directory = export(run, read_config(run), stage=arguments.stage)

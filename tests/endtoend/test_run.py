@@ -1,0 +1,175 @@
+"""The whole way as a user goes it: data, training stopped by Ctrl-C and taken up again, midtraining, export, and everything
+that must be refused or survived on the way."""
+
+import json
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.endtoend.workspace import REPOSITORY, Workspace
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    workspace = Workspace(tmp_path_factory.mktemp("prepared"))
+    workspace.config("data")
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def trained(prepared: Workspace) -> Iterator[Workspace]:
+    """The run stopped by Ctrl-C after a few steps, with a second launch tried meanwhile, then trained to its end."""
+    process = prepared.start_training()
+    prepared.wait_for_step(3, stage="small", process=process)
+    second = prepared.config("train", code=3)
+    assert "run small is live" in second
+    assert prepared.interrupt(process) == 130
+    prepared.config("train")
+    yield prepared
+
+
+def losses(workspace: Workspace, run: str, stage: str) -> dict[int, float]:
+    """Loss by step; a step logged twice must have been the same."""
+    rows = [json.loads(line) for line in (workspace.root / "runs" / run / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if row["kind"] == "train" and row["stage"] == stage}
+
+
+def test_ctrl_c_saves_and_the_resume_is_bitwise_equal(trained: Workspace) -> None:
+    stops, resumes = trained.events("stop"), trained.events("resume")
+    assert [row["exit"] for row in stops] == ["INTERRUPTED"]
+    assert [row["step"] for row in resumes] == [stops[0]["step"]]
+    trained.named("straight").config("train", "stage=small")
+    assert losses(trained, "small", "small") == losses(trained, "straight", "small")
+
+
+def test_midtraining_starts_from_the_pretrained_weights(trained: Workspace) -> None:
+    start = next(row for row in trained.events("stage_start") if row["stage"] == "long")
+    assert start["init_from"] == "small" and start["path"] == "step_00000040"
+    assert losses(trained, "small", "long")[1] < 3.0 < losses(trained, "small", "small")[1]
+    ends = [row for row in trained.events("checkpoint") if row["stage"] == "long" and row["finished"]]
+    assert len(ends) == 1
+    meta = json.loads((trained.run_dir / "checkpoints" / "long" / ends[0]["path"] / "meta.json").read_text())
+    consumed = meta["start_ledger"]
+    assert {name: row["seq_length"] for name, row in consumed.items()} == {"prose": 64, "notes": 64}
+    assert sum(row["position"] for row in consumed.values()) == 40 * 8
+
+
+def test_held_out_loss_falls_below_the_unigram_entropy(trained: Workspace) -> None:
+    report = trained.phidias("report", "small", "runs_dir=runs")
+    assert "below the unigram entropy" in report
+    page = (trained.run_dir / "report.html").read_text()
+    assert "unigram" in page and "prose" in page
+
+
+def test_training_again_does_nothing(trained: Workspace) -> None:
+    before = {path: path.stat().st_mtime_ns for path in trained.run_dir.glob("checkpoints/*/*")}
+    assert "done already" in trained.config("train")
+    assert before == {path: path.stat().st_mtime_ns for path in trained.run_dir.glob("checkpoints/*/*")}
+
+
+@pytest.mark.parametrize("stage", ["small", "long"])
+def test_exported_logits_are_megatrons(trained: Workspace, stage: str) -> None:
+    """The pretrained stage was saved by DP2, the midtrained one by PP2."""
+    output = trained.phidias("export", "small", "runs_dir=runs", f"stage={stage}", "prompt=the loop")
+    assert "sample:\nthe loop" in output
+    folder = trained.run_dir / "export" / stage
+    command = [sys.executable, "-W", "ignore", "-m", "tests.endtoend.logits", str(trained.run_dir), stage, str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=trained.root, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["difference"] < 1e-4 and result["scale"] > 1
+    assert result["architecture"] == "Phi3ForCausalLM"
+    assert result["rope_theta"] == {"small": 10000.0, "long": 250000.0}[stage]
+    assert result["chat"] == "<|im_start|>user<|im_sep|>hi<|im_end|><|im_start|>assistant<|im_sep|>"
+
+
+def test_a_torn_checkpoint_is_passed_over(trained: Workspace) -> None:
+    """The newest checkpoint lost a file's end: the run says so and goes on from the one before."""
+    copy = clone(trained, "torn")
+    newest = sorted((copy / "checkpoints" / "small").glob("step_*"))[-1]
+    shard = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    os.truncate(shard, shard.stat().st_size // 2)
+    (copy / "checkpoints" / "small" / "index.jsonl").write_text(
+        "".join(line for line in index_lines(copy) if '"finished": true' not in line) + torn_row(newest.name)
+    )
+    trained.named("torn").config("train", "stage=small")
+    events = [json.loads(line) for line in (copy / "events.jsonl").read_text().splitlines()]
+    refused = next(row for row in events if row["kind"] == "checkpoint_refused")
+    assert "the checkpoint is torn" in refused["reason"] and shard.name in refused["reason"]
+    assert [row["step"] for row in events if row["kind"] == "resume"][-1] < 40
+    assert losses(trained, "torn", "small")[40] == losses(trained, "small", "small")[40]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_valid(prepared: Workspace) -> None:
+    """A limit on the size of files stands in for a full disk: the write fails part way, as it would there."""
+    full = prepared.named("full")
+    process = full.start_training("stage=small")
+    full.wait_for_step(3, stage="small", process=process)
+    assert full.interrupt(process) == 130
+    saved = sorted(path.name for path in full.run_dir.glob("checkpoints/small/step_*"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        output = full.config("train", "stage=small", code=13)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "the disk is full" in output and "earlier checkpoints are untouched" in output
+    assert sorted(path.name for path in full.run_dir.glob("checkpoints/small/step_*")) == saved
+    full.config("train", "stage=small")
+    assert [row["exit"] for row in full.events("stage_done")] == ["DONE"]
+
+
+def test_a_port_in_use_is_refused(prepared: Workspace) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        output = prepared.named("port").config("train", f"cluster.master_port={port}", code=2)
+    assert f"found port {port}, which another process is using" in output
+
+
+def test_another_model_in_the_same_directory_is_refused(trained: Workspace) -> None:
+    output = trained.config("train", "model.num_layers=4", code=3)
+    assert "model.num_layers" in output and "run.name" in output
+
+
+def test_midtraining_without_pretraining_is_refused(prepared: Workspace) -> None:
+    output = prepared.named("headless").config("train", "stage=long", code=3)
+    assert "stage long starts from stage small, which has no finished checkpoint" in output
+
+
+def test_export_without_a_checkpoint_is_refused(prepared: Workspace) -> None:
+    output = prepared.phidias("export", "headless", "runs_dir=runs", code=3)
+    assert "has no valid checkpoint" in output
+    assert not list((prepared.root / "runs" / "headless").glob("export/*"))
+
+
+def test_no_data_is_refused_before_anything_is_written(prepared: Workspace) -> None:
+    output = prepared.named("nodata").config("train", f"run.data_dir={prepared.root / 'nowhere'}", code=2)
+    assert "mixture.sources.prose: found no data" in output and "mixture.sources.notes" in output
+    assert not (prepared.root / "runs" / "nodata").exists()
+
+
+def clone(workspace: Workspace, name: str) -> Path:
+    """The trained run under another name, its pretraining not finished."""
+    target = workspace.root / "runs" / name
+    shutil.copytree(workspace.run_dir, target, ignore=shutil.ignore_patterns("long", "export"))
+    config = target / "config.yaml"
+    config.write_text(config.read_text().replace("name: small\n  seed", f"name: {name}\n  seed"))
+    return target
+
+
+def index_lines(run: Path) -> list[str]:
+    return (run / "checkpoints" / "small" / "index.jsonl").read_text().splitlines(keepends=True)
+
+
+def torn_row(name: str) -> str:
+    return json.dumps({"kind": "checkpoint", "path": name, "finished": False, "samples": 320, "step": 40}) + "\n"
