@@ -126,12 +126,12 @@ class TrainingFeed:
         self.global_batch_size = stage.stage.global_batch_size
         self.micro_batch_size = stage.layout.micro_batch_size
 
-    def batch(self, step: int) -> list[MicroBatch] | None:
-        """Micro batches of the step counted from 0."""
+    def batch(self, first_sample: int) -> list[MicroBatch] | None:
+        """Micro batches of the global batch that begins at `first_sample` of the stage."""
         if not self.rank.needs_tokens:
             return None
         count = self.global_batch_size // self.rank.dp_size
-        windows, sources = self.data.read(step * self.global_batch_size + self.rank.dp_rank * count, count)
+        windows, sources = self.data.read(first_sample + self.rank.dp_rank * count, count)
         return micro_batches(windows, sources, micro_batch_size=self.micro_batch_size, device=self.rank.device)
 
 

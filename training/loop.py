@@ -24,8 +24,9 @@ from training.step import Stepper, Sums
 
 @dataclass
 class Progress:
-    """What changes while a stage trains."""
+    """What changes while a stage trains. Samples are the key: a step is another number of them once the batch changes."""
 
+    samples: int = 0
     step: int = 0
     tokens_by_source: dict[str, int] = field(default_factory=dict)
 
@@ -37,11 +38,11 @@ def train_stage(run: RunDir, config: RunConfig, *, stage_name: str, rank: Rank) 
     trainer = Trainer(run, config, stage=stage, plan=plan, rank=rank)
     with stop_signals() as asked, quiet_garbage_collector():
         trainer.restore()
-        while trainer.progress.step < plan.num_steps:
+        while not trainer.is_finished:
             stop = trainer.train_step(stop=bool(asked) or run.stop_flag.exists())
             if trainer.due(plan.validation_interval):
                 trainer.validate()
-            if stop and trainer.progress.step < plan.num_steps:
+            if stop and not trainer.is_finished:
                 trainer.save()
                 return trainer.finish("stop", ExitClass.INTERRUPTED)
             if trainer.due(plan.checkpoint_interval):
@@ -65,6 +66,10 @@ class Trainer:
         self.stepper = Stepper(stage, chunks=chunks, optimizer=optimizer, rank=rank)
         self.checkpointer = Checkpointer(run, stage=stage.stage.name, layout=stage.layout, chunks=chunks, optimizer=optimizer)
 
+    @property
+    def is_finished(self) -> bool:
+        return self.progress.samples >= self.plan.num_samples
+
     def restore(self) -> None:
         """Goes on from the newest valid checkpoint of the stage, else from the end of the stage it starts from."""
         saved, refused = newest_checkpoint(self.run, self.stage.stage.name)
@@ -74,7 +79,7 @@ class Trainer:
             raise CheckpointError("no checkpoint of this stage is valid: " + "; ".join(refused))
         if saved:
             self.checkpointer.load(saved, self.stage.optim)
-            self.progress = Progress(saved.meta.step, dict(saved.meta.tokens_by_source))
+            self.progress = Progress(saved.meta.samples, saved.meta.step, dict(saved.meta.tokens_by_source))
             self.open_data(saved, start=saved.meta.start_ledger)
             self.metrics.event("resume", step=saved.meta.step, path=saved.path.name)
         elif self.stage.stage.init_from:
@@ -107,13 +112,14 @@ class Trainer:
     def train_step(self, *, stop: bool) -> bool:
         """Reads one global batch, takes one optimizer step, logs it. Returns whether any rank was asked to stop."""
         began = time.perf_counter()
-        batches = self.feed.batch(self.progress.step)
+        batches = self.feed.batch(self.progress.samples)
         read = time.perf_counter()
-        lr = set_schedule(self.schedule, samples=(self.progress.step + 1) * self.stage.stage.global_batch_size)
+        samples = self.progress.samples + self.stage.stage.global_batch_size
+        lr = set_schedule(self.schedule, samples=samples)
         sums, grad_norm = self.stepper.train(batches, num_microbatches=self.plan.num_microbatches, stop=stop)
-        self.progress.step += 1
+        self.progress.samples, self.progress.step = samples, self.progress.step + 1
         self.count(sums)
-        if self.progress.step % self.config.monitor.log_interval == 0 or self.progress.step == self.plan.num_steps:
+        if self.progress.step % self.config.monitor.log_interval == 0 or self.is_finished:
             self.log(sums, lr=lr, grad_norm=grad_norm, step_s=time.perf_counter() - began, data_s=read - began)
         if not sums.loss < float("inf"):
             raise NonFiniteError(f"step {self.progress.step}: loss is {sums.loss}; the last checkpoint is from before it")
@@ -126,6 +132,7 @@ class Trainer:
     def log(self, sums: Sums, *, lr: float, grad_norm: float, step_s: float, data_s: float) -> None:
         self.metrics.train(
             self.progress.step,
+            samples=self.progress.samples,
             loss=sums.loss,
             loss_by_source=sums.loss_by_source(self.data.names),
             tokens_by_source=dict(self.progress.tokens_by_source),
@@ -140,7 +147,8 @@ class Trainer:
     def due(self, interval_steps: int) -> bool:
         """Whether something that happens every so many steps happens now; not shortly before the stage's end, which has its
         own."""
-        return self.progress.step % interval_steps == 0 and self.plan.num_steps - self.progress.step >= interval_steps / 2
+        left = (self.plan.num_samples - self.progress.samples) / self.stage.stage.global_batch_size
+        return self.progress.step % interval_steps == 0 and left >= interval_steps / 2
 
     def validate(self) -> None:
         """Held-out loss per source. `loss` weighs the sources by their shares, as training does."""
@@ -151,17 +159,19 @@ class Trainer:
         shares = {name: self.stage.mixture.sources[name].share for name in by_source}
         loss = sum(by_source[name] * share for name, share in shares.items()) / sum(shares.values())
         tokens = sums.tokens_by_source(self.data.names)
-        self.metrics.validation(self.progress.step, loss=loss, loss_by_source=by_source, tokens_by_source=tokens)
+        self.metrics.validation(
+            self.progress.step, samples=self.progress.samples, loss=loss, loss_by_source=by_source, tokens_by_source=tokens
+        )
 
     def save(self) -> None:
-        samples = self.progress.step * self.stage.stage.global_batch_size
+        samples = self.progress.samples
         meta = Meta(
             format_version=FORMAT_VERSION,
             stage=self.stage.stage.name,
             step=self.progress.step,
             samples=samples,
             tokens=samples * self.stage.stage.seq_length,
-            finished=self.progress.step == self.plan.num_steps,
+            finished=self.is_finished,
             layout=layout_key(self.stage.layout),
             ledger=ledger_to_json(self.data.ledger(samples)),
             start_ledger=ledger_to_json(self.data.start_ledger),

@@ -10,7 +10,7 @@ from launcher.rundir.records import append_record, write_json
 
 
 class Sink(Protocol):
-    """Takes flat numbers at a count of run tokens."""
+    """Takes flat numbers at a count of the stage's samples."""
 
     def write(self, values: dict[str, float], *, samples: int) -> None: ...
 
@@ -68,6 +68,7 @@ class Metrics:
 
     def __init__(self, run: RunDir, config: RunConfig, *, stage: str, plan: StagePlan, is_writer: bool):
         self.run, self.stage, self.plan, self.is_writer = run, stage, plan, is_writer
+        self.seq_length = config.stage(stage).stage.seq_length
         self.sinks: list[Sink] = []
         if is_writer and config.monitor.wandb.mode != "disabled":
             self.sinks.append(WandbSink(run, config, stage=stage))
@@ -79,18 +80,18 @@ class Metrics:
         if self.is_writer:
             append_record(self.run.events, kind, stage=self.stage, **fields)
 
-    def train(self, step: int, **fields: Any) -> None:
-        """A row of training. `step` counts finished steps."""
-        self._row("train", step, fields)
+    def train(self, step: int, *, samples: int, **fields: Any) -> None:
+        """A row of training. `step` counts finished steps, `samples` the sequences of this stage read by them."""
+        self._row("train", step, samples, fields)
 
-    def validation(self, step: int, **fields: Any) -> None:
-        self._row("validation", step, fields)
+    def validation(self, step: int, *, samples: int, **fields: Any) -> None:
+        self._row("validation", step, samples, fields)
 
     def status(self, state: str) -> None:
         """Where the stage stands; `eta_s` from the speed of the last row."""
         if not self.is_writer:
             return
-        stage_tokens = self.plan.num_steps * self.plan.tokens_per_step
+        stage_tokens = self.plan.num_samples * self.seq_length
         speed = self.last["tokens_per_s"]
         eta_s = round((stage_tokens - self.last["tokens"]) / speed, 1) if speed else None
         row = {"name": self.run.name, "stage": self.stage, "state": state, **self.last, "eta_s": eta_s}
@@ -101,20 +102,16 @@ class Metrics:
         for sink in self.sinks:
             sink.close()
 
-    def _row(self, kind: str, step: int, fields: dict[str, Any]) -> None:
+    def _row(self, kind: str, step: int, samples: int, fields: dict[str, Any]) -> None:
         if not self.is_writer:
             return
-        counts = {
-            "step": step,
-            "samples": step * self.plan.num_samples // self.plan.num_steps,
-            "tokens": step * self.plan.tokens_per_step,
-        }
+        counts = {"step": step, "samples": samples, "tokens": samples * self.seq_length}
         row = append_record(self.run.metrics, kind, stage=self.stage, **counts, **fields)
         self.last = self.last | {key: row[key] for key in ("step", "tokens", "tokens_per_s") if key in row}
         if kind == "train":
             self.last["loss"] = row["loss"]
         for sink in self.sinks:
-            sink.write(flatten(fields, prefix=kind), samples=counts["samples"])
+            sink.write(flatten(fields, prefix=kind), samples=samples)
 
 
 def flatten(fields: dict[str, Any], *, prefix: str) -> dict[str, float]:

@@ -3,12 +3,13 @@
     torchrun --nproc-per-node N -m tests.training.ranks <work dir> <case> [<case> ...]
 
 A case is `layout:<name>`: train a fresh run in that layout; `resume:<name>[:<dtype>]`: stop half way and go on; or
-`move:<name>:<name>`: save in one layout, go on in another. tests/training/test_ranks.py compares the results.
+`move:<name>:<name>`: save in one layout, go on in another; `batch`; `nan`. tests/training/test_ranks.py compares the results.
 """
 
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from launcher.config.schema import RunConfig  # noqa: E402
 from launcher.plan.stage import plan_stage  # noqa: E402
 from launcher.rundir.paths import RunDir  # noqa: E402
 from tests.training.tiny import run_config, stage_config  # noqa: E402
+from training.errors import NonFiniteError  # noqa: E402
 from training.loop import Trainer  # noqa: E402
 from training.parallel import initialize_parallel, join_world, leave_world  # noqa: E402
 
@@ -128,6 +130,40 @@ def check_move(work: Path, before: str, after: str, *, device: torch.device) -> 
     return {"losses": losses}
 
 
+def check_batch(work: Path, *, device: torch.device) -> dict[str, Any]:
+    """Half of the run in batches of 8, then in batches of 4: the samples read and the end."""
+    first = Case(work, "one", run_name="batch", device=device).steps(STEPS // 2)
+    first.trainer.save()
+    first.close()
+    second = Case(work, "one", run_name="batch", device=device, stage={"global_batch_size": 4})
+    while not second.trainer.is_finished:
+        second.trainer.train_step(stop=False)
+    rows = [{key: row[key] for key in ("step", "samples", "tokens", "tokens_by_source")} for row in second.rows("train")]
+    second.close()
+    return {"rows": rows}
+
+
+def check_nan(work: Path, *, device: torch.device) -> dict[str, Any]:
+    """A weight turns NaN: the step must be refused before the optimizer spreads it."""
+    case = Case(work, "one", run_name="nan", device=device).steps(1)
+    chunk = case.trainer.stepper.chunks[0]
+    before = chunk.module.output_layer.weight.clone()
+    chunk.module.decoder.final_layernorm.weight.data[0] = float("nan")
+    try:
+        case.steps(1)
+        error = None
+    except NonFiniteError as raised:
+        error = str(raised)
+    unchanged = bool(torch.equal(before, chunk.module.output_layer.weight))
+    case.close()
+    return {"error": error, "unchanged": unchanged, "step": case.trainer.progress.step}
+
+
+CHECKS: dict[str, Callable[..., dict[str, Any]]] = {
+    "layout": check_layout, "resume": check_resume, "move": check_move, "batch": check_batch, "nan": check_nan,
+}  # fmt: skip
+
+
 def main() -> None:
     torch.set_num_threads(1)
     work, *cases = Path(sys.argv[1]), *sys.argv[2:]
@@ -135,9 +171,7 @@ def main() -> None:
     results = {}
     for case in cases:
         kind, *arguments = case.split(":")
-        results[case] = {"layout": check_layout, "resume": check_resume, "move": check_move}[kind](
-            work, *arguments, device=device
-        )
+        results[case] = CHECKS[kind](work, *arguments, device=device)
     if dist.get_rank() == 0:
         (work / f"world{dist.get_world_size()}.json").write_text(json.dumps(results))
     leave_world()

@@ -14,7 +14,8 @@ from tests.training.shards import write_sources
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CASES = {
-    1: ["layout:one", "layout:mbs4", "layout:plain_optimizer", "layout:recompute", "layout:selective", "resume:one"],
+    1: ["layout:one", "layout:mbs4", "layout:plain_optimizer", "layout:recompute", "layout:selective", "resume:one", "batch",
+        "nan"],
     2: [
         *(f"layout:{name}" for name in ("tp2", "tp2_sp", "pp2", "pp2_vpp2", "cp2", "dp2", "dp2_plain", "dp2_overlap")),
         *(f"resume:{name}" for name in ("dp2", "dp2_overlap", "tp2_sp", "pp2", "pp2_vpp2", "cp2")),
@@ -82,3 +83,16 @@ def test_resume_is_bitwise(case: str, results: dict[str, Any]) -> None:
 def test_a_checkpoint_goes_on_in_another_layout(case: str, results: dict[str, Any]) -> None:
     expected = [row["loss"] for row in results["layout:one"]["rows"]]
     assert results[case]["losses"] == pytest.approx(expected, rel=TOLERANCE)
+
+
+def test_a_changed_batch_size_reads_the_same_samples(results: dict[str, Any]) -> None:
+    rows = results["batch"]["rows"]
+    assert [row["samples"] for row in rows] == [8, 16, 24, 28, 32, 36, 40, 44, 48]
+    assert [row["tokens"] for row in rows] == [row["samples"] * 32 for row in rows]
+    assert [row["step"] for row in rows] == list(range(1, 10))
+    assert rows[-1]["tokens_by_source"] == results["layout:one"]["rows"][-1]["tokens_by_source"]
+
+
+def test_nan_is_refused_before_the_weights_are_touched(results: dict[str, Any]) -> None:
+    assert "NaN" in results["nan"]["error"] and results["nan"]["unchanged"]
+    assert results["nan"]["step"] == 1
