@@ -130,15 +130,17 @@ def sample_rows(size: int, *, points: int) -> NDArray[np.intp]:
 
 
 def smooth(values: Column) -> Column:
-    """Centred mean of neighbouring rows, passing over those without a value. The window shrinks towards both ends and stays
-    symmetric, so that a steep beginning is not flattened."""
+    """Centred mean of neighbouring rows, passing over those without a value. Towards the beginning the window shrinks and stays
+    symmetric, so that a steep start is not flattened; towards the end it loses only what is not there yet, so that the last
+    row does not stand alone."""
     size = len(values)
     index = np.arange(size)
-    half = np.minimum(int(max(size * SMOOTHING, MIN_SMOOTHED_ROWS) / 2), np.minimum(index, size - 1 - index))
+    left = np.minimum(int(max(size * SMOOTHING, MIN_SMOOTHED_ROWS) / 2), index)
+    right = np.minimum(left, size - 1 - index)
     known = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(known)])
-    total, count = sums[index + half + 1] - sums[index - half], counts[index + half + 1] - counts[index - half]
+    total, count = sums[index + right + 1] - sums[index - left], counts[index + right + 1] - counts[index - left]
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
