@@ -23,6 +23,7 @@ from data_prep.manifest import (
     SplitEntry,
     TokenizerEntry,
     dtype_for,
+    imported_manifest,
     split_of,
     verify_source,
 )
@@ -93,10 +94,11 @@ def prepare_source(
     data_dir: Path,
     on_progress: OnProgress | None = None,
 ) -> Manifest:
-    """Shards and manifest of one source in `data_dir/name`; the manifest that is there, where nothing changed since.
+    """Shards and manifest of one source in `data_dir/name`; the manifest that is there, where nothing changed since, or where
+    it was imported and there is no text to make it from.
 
     DataError: inputs or tokenizer unusable, a malformed row too many, prepared before with other settings, disk full."""
-    files = find_inputs(source, name=name)
+    files = () if imported_manifest(data_dir / name) else find_inputs(source, name=name)
     text_tokenizer = build_tokenizer(tokenizer)
     entry = tokenizer_entry(text_tokenizer, kind=tokenizer.kind)
     made_by = settings_of(source, files=files, settings=settings, seed=seed)

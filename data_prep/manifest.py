@@ -24,6 +24,7 @@ __all__ = [
     "SplitEntry",
     "TokenizerEntry",
     "import_shards",
+    "imported_manifest",
     "read_manifest",
     "verify_source",
     "write_manifest",
@@ -153,6 +154,14 @@ def import_shards(directory: Path, *, source: str, tokenizer: TokenizerEntry, he
         raise DataError(f"{directory} holds no training documents; a source needs at least one shard outside held_out")
     write_manifest(directory, manifest=manifest)
     return manifest
+
+
+def imported_manifest(directory: Path) -> Manifest | None:
+    """The manifest that import_shards wrote there, if one did."""
+    if not (directory / FILE).exists():
+        return None
+    manifest = read_manifest(directory)
+    return manifest if manifest.settings.get("imported") else None
 
 
 def verify_source(directory: Path) -> list[str]:

@@ -46,7 +46,7 @@ def existing(directory: Path, *, made_by: Settings, tokenizer: TokenizerEntry, f
     if not (directory / "manifest.json").exists():
         raise DataError(
             f"{directory} exists without a manifest.json; a source is written whole or not at all; "
-            "remove or rename it, or write a manifest for Megatron's shards with data_prep.manifest.import_shards"
+            "remove or rename it; shards that Megatron wrote are taken over by `phidias data action=import`"
         )
     manifest = read_manifest(directory)
     found = {**manifest.settings, "tokenizer": manifest.tokenizer.fingerprint}

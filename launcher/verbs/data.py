@@ -1,5 +1,5 @@
 """phidias data: raw text to shards, for every source of the selected stages. dry=true lists what would be read; action=verify
-checks shards that are there against their manifests."""
+checks shards that are there against their manifests; action=import takes over shards that Megatron wrote."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,9 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.build import list_inputs, prepare_sources
-from data_prep.manifest import Manifest, verify_source
+from data_prep.manifest import Manifest, import_shards, verify_source
 from data_prep.spec import Source
-from launcher.config.errors import ConfigError
+from data_prep.tokenizers import build_tokenizer, tokenizer_entry
+from launcher.config.errors import ConfigError, Problem
 from launcher.config.schema import RunConfig
 from launcher.plan.page import short
 from launcher.plan.preflight import check_vocabulary
@@ -18,12 +19,12 @@ from launcher.rundir.exits import ExitClass
 from launcher.verbs.data_progress import DataProgress
 from launcher.verbs.request import Request
 
-OPTIONS = {"dry": ("true", "false"), "action": ("verify",)}
+OPTIONS = {"dry": ("true", "false"), "action": ("verify", "import")}
 
 
 def act(request: Request) -> int:
-    actions: dict[bool, Callable[..., int]] = {True: verify, False: prepare}
-    action = list_only if request.options.get("dry") == "true" else actions["action" in request.options]
+    actions: dict[str | None, Callable[..., int]] = {"verify": verify, "import": import_megatron, None: prepare}
+    action = list_only if request.options.get("dry") == "true" else actions[request.options.get("action")]
     return action(request.config, console=Console(highlight=False))
 
 
@@ -69,6 +70,23 @@ def verify(config: RunConfig, *, console: Console) -> int:
         for line in lines:
             console.print(f"  {line}")
     return ExitClass.STATE if any(findings.values()) else ExitClass.DONE
+
+
+def import_megatron(config: RunConfig, *, console: Console) -> int:
+    """action=import: a manifest for every source whose folder holds shards and none yet. Stems that begin with `held_out` or
+    `valid` are kept for validation."""
+    tokenizer = tokenizer_entry(build_tokenizer(config.tokenizer), kind=config.tokenizer.kind)
+    manifests = {}
+    for name in sources_of(config):
+        directory = Path(config.run.data_dir) / name
+        if any(directory.glob("*.idx")) and not (directory / "manifest.json").exists():
+            held_out = [path.stem for path in sorted(directory.glob("*.idx")) if path.stem.startswith(("held_out", "valid"))]
+            manifests[name] = import_shards(directory, source=name, tokenizer=tokenizer, held_out=held_out)
+    if not manifests:
+        rule = f"action=import takes over .bin and .idx files in {config.run.data_dir}/<source>/ that have no manifest.json yet"
+        raise ConfigError(Problem("mixture.sources", "no such folder", rule, "put the shards there, or drop action=import"))
+    console.print(manifest_table(manifests))
+    return ExitClass.DONE
 
 
 def manifest_table(manifests: dict[str, Manifest]) -> Table:

@@ -173,3 +173,20 @@ def index_lines(run: Path) -> list[str]:
 
 def torn_row(name: str) -> str:
     return json.dumps({"kind": "checkpoint", "path": name, "finished": False, "samples": 320, "step": 40}) + "\n"
+
+
+def test_shards_that_megatron_wrote_are_taken_over(prepared: Workspace) -> None:
+    """Shards without a manifest are refused by `data` with the way out, imported, left alone, and trained on."""
+    data = prepared.root / "imported"
+    shutil.copytree(prepared.root / "data", data)
+    for manifest in data.glob("*/manifest.json"):
+        manifest.unlink()
+    words = [f"run.data_dir={data}", f"tokenizer.file={data / 'tokenizer.json'}"]
+    imported = prepared.named("imported")
+    assert "phidias data action=import" in imported.config("data", *words, code=2)
+    assert "held out" in imported.config("data", "action=import", *words)
+    before = {name: (data / name / "manifest.json").read_bytes() for name in ("prose", "notes")}
+    imported.config("data", *words)
+    assert before == {name: (data / name / "manifest.json").read_bytes() for name in before}
+    imported.config("train", "stage=small", "stage.tokens=2048", "optim.warmup_tokens=512", *words)
+    assert losses(prepared, "imported", "small")[4] > 0
