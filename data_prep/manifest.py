@@ -23,6 +23,7 @@ __all__ = [
     "ShardEntry",
     "SplitEntry",
     "TokenizerEntry",
+    "damaged_shards",
     "import_shards",
     "imported_manifest",
     "read_manifest",
@@ -162,6 +163,20 @@ def imported_manifest(directory: Path) -> Manifest | None:
         return None
     manifest = read_manifest(directory)
     return manifest if manifest.settings.get("imported") else None
+
+
+def damaged_shards(directory: Path, *, manifest: Manifest) -> list[str]:
+    """Shards that are missing or not as long as the manifest says, one line each; reads sizes only."""
+    found = []
+    for shard in (*manifest.train.shards, *manifest.held_out.shards):
+        path = directory / f"{shard.file}.bin"
+        size = path.stat().st_size if path.exists() else None
+        if size != shard.bin_bytes:
+            what = "is missing" if size is None else f"holds {size} bytes"
+            found.append(f"{path} {what}, the manifest says {shard.bin_bytes}")
+        if not path.with_suffix(".idx").exists():
+            found.append(f"{path.with_suffix('.idx')} is missing")
+    return found
 
 
 def verify_source(directory: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import lru_cache
+from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +36,11 @@ class SourceStream:
         self._borders = np.cumsum([0, *(shard.tokens for shard in self.shards)], dtype=np.int64)  # [shards + 1], in tokens
         self.num_tokens = int(self._borders[-1])
         self._modified_ns = [self._check_shard(shard) for shard in self.shards]
+
+    @property
+    def digest(self) -> str:
+        """Equal where the stream holds the same tokens in the same order, by the checksums of its shards."""
+        return blake2b("\n".join(shard.bin_xxh3 for shard in self.shards).encode(), digest_size=16).hexdigest()
 
     def read(self, offset: int, count: int) -> NDArray[np.int32]:
         """Tokens offset..offset+count-1 of the stream, in memory of their own. DataError: not all of them are in the stream."""

@@ -17,7 +17,7 @@ import xxhash
 
 from data_prep.errors import DataError
 from data_prep.indexed import naming_full_disk, sync_directory
-from data_prep.manifest import Manifest, TokenizerEntry, read_manifest, write_manifest
+from data_prep.manifest import Manifest, TokenizerEntry, damaged_shards, read_manifest, write_manifest
 from data_prep.readers import InputFile
 from data_prep.spec import DataSettings, Source
 
@@ -28,7 +28,9 @@ Settings = dict[str, bool | int | float | str]
 
 def settings_of(source: Source, *, files: tuple[InputFile, ...], settings: DataSettings, seed: int) -> Settings:
     """All that decides what is in the shards, the tokenizer apart. Shares, epochs and tolerances do not."""
-    digest = xxhash.xxh3_128_hexdigest(json.dumps([astuple(file) for file in files]).encode())
+    folder = os.path.commonpath([file.path.rpartition("/")[0] for file in files]) if files else ""
+    named = [(file.path.removeprefix(folder), file.size, file.version) for file in files]  # the whole folder may move
+    digest = xxhash.xxh3_128_hexdigest(json.dumps(named).encode())
     return {
         "format": source.format,
         "text_field": source.text_field,
@@ -58,6 +60,11 @@ def existing(directory: Path, *, made_by: Settings, tokenizer: TokenizerEntry, f
         raise DataError(
             f"source '{directory.name}' was prepared with other settings: {'; '.join(differing)}{changed}; "
             f"prepared data is never overwritten; remove {directory} or choose another run.data_dir"
+        )
+    if damaged := damaged_shards(directory, manifest=manifest):
+        raise DataError(
+            f"source '{directory.name}': {'; '.join(damaged)}; shards are written once and never repaired; "
+            f"restore them, or remove {directory} and run `phidias data` again"
         )
     return manifest
 

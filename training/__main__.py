@@ -1,11 +1,18 @@
 """One rank: `torchrun -m training <run directory> --stage NAME`. Reads the frozen config; ends in an exit class."""
 
 import argparse
+import contextlib
 import os
 import sys
 import traceback
 import warnings
 from pathlib import Path
+
+from training.processes import die_with_parent
+
+if __name__ == "__main__":
+    die_with_parent()  # before torch is imported, which takes seconds
+    os.register_at_fork(after_in_child=die_with_parent)  # the writers of a checkpoint
 
 import torch
 
@@ -13,7 +20,7 @@ from launcher.rundir.exits import ExitClass
 from launcher.rundir.freeze import read_config
 from launcher.rundir.paths import RunDir
 from launcher.rundir.records import append_record
-from training.errors import exit_class
+from training.errors import PrecisionError, exit_class
 
 
 def main() -> ExitClass:
@@ -40,8 +47,14 @@ def train(run: RunDir, *, stage_name: str) -> ExitClass:
     from training.parallel import initialize_parallel, join_world, leave_world
 
     config = read_config(run)
+    if config.cluster.gpu and not torch.cuda.is_available():
+        raise PrecisionError(
+            f"cluster.gpu: found {config.cluster.gpu} and no CUDA device; the run would train on the CPU. "
+            "Fix: see nvidia-smi on this node, or cluster=local"
+        )
     device = join_world(timeout_s=config.cluster.timeout_s)
-    rank = initialize_parallel(config.stage(stage_name).layout, seed=config.run.seed, device=device)
+    layout, timeout_s = config.stage(stage_name).layout, config.cluster.timeout_s
+    rank = initialize_parallel(layout, seed=config.run.seed, device=device, timeout_s=timeout_s)
     ended = train_stage(run, config, stage_name=stage_name, rank=rank)
     leave_world()
     return ended
@@ -52,15 +65,18 @@ def report_fault(run: RunDir, stage: str, error: BaseException) -> None:
     traceback.print_exc()
     rank = int(os.environ.get("RANK", "0"))
     message = f"{type(error).__name__}: {error}"
-    append_record(run.events, "fault", stage=stage, rank=rank, exit=exit_class(error).name, error=message)
+    with contextlib.suppress(OSError):  # the disk may be full; the trace is in the log
+        append_record(run.events, "fault", stage=stage, rank=rank, exit=exit_class(error).name, error=message)
 
 
-def hard_exit(code: ExitClass) -> None:
-    """Leaves without waiting for other threads: a failed rank must not hang in a collective's destructor."""
+def leave(code: ExitClass) -> None:
+    """Ends the process. A rank that failed leaves at once: it must not hang in the destructor of a collective."""
     sys.stdout.flush()
     sys.stderr.flush()
+    if code in (ExitClass.DONE, ExitClass.INTERRUPTED):
+        sys.exit(code)
     os._exit(code)
 
 
 if __name__ == "__main__":
-    hard_exit(main())
+    leave(main())

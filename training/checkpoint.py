@@ -30,8 +30,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from launcher.config.schema import Layout, Optim
 from launcher.rundir.checkpoints import CheckpointError, DiskFullError, Meta, Saved, prune
 from launcher.rundir.paths import RunDir
-from launcher.rundir.records import append_record, write_json
+from launcher.rundir.records import append_record, replace_folder, write_json
 from training.errors import is_disk_full
+from training.processes import own_results_queue
 
 
 def content_metadata() -> dict[str, Any]:
@@ -59,6 +60,7 @@ class Checkpointer:
         self.run, self.stage, self.layout = run, stage, layout
         self.chunks, self.optimizer = list(chunks), optimizer
         self.directory = run.checkpoints(stage)
+        own_results_queue()
 
     def save(self, meta: Meta, *, keep_last: int) -> Path:
         """Writes and publishes a checkpoint, then removes the oldest unfinished ones beyond `keep_last`.
@@ -100,7 +102,12 @@ class Checkpointer:
     def _read(self, state: dict[str, Any], path: Path) -> dict[str, Any]:
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(path)), group)
-        loaded: dict[str, Any] = dist_checkpointing.load(state, str(path), strategy, strict="raise_unexpected")
+        try:
+            loaded: dict[str, Any] = dist_checkpointing.load(state, str(path), strategy, strict="raise_unexpected")
+        except (Exception, CheckpointException) as error:
+            raise CheckpointError(
+                f"{path} could not be read into this model and layout: {type(error).__name__}: {error}"
+            ) from error
         return loaded
 
     def _load_weights(self, loaded: dict[str, Any]) -> None:
@@ -122,9 +129,7 @@ class Checkpointer:
     def _publish(self, partial: Path, final: Path, meta: Meta, *, seconds: float, keep_last: int) -> None:
         files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
         write_json(partial / "meta.json", vars(meta) | {"files": files})
-        if final.exists():  # written by an earlier try that was rewound past it
-            shutil.rmtree(final)
-        partial.rename(final)
+        replace_folder(partial, final)  # a step that a run came to again after it was rewound
         row = {name: getattr(meta, name) for name in ("stage", "step", "samples", "tokens", "finished")} | {"path": final.name}
         append_record(self.directory / "index.jsonl", "checkpoint", **row)
         append_record(self.run.events, "checkpoint", **row, seconds=round(seconds, 3), bytes=sum(files.values()))

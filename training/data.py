@@ -3,7 +3,7 @@
 Shapes: B micro batch, S sequence on this context-parallel rank (the whole sequence where cp = 1).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from megatron.core.utils import get_batch_on_this_cp_rank
 from numpy.typing import NDArray
 
+from data_prep.errors import DataError
 from data_prep.order import Blend, SourceOrder, StageOrder, carry_over
 from data_prep.stream import SourceStream
 from launcher.config.schema import RunConfig, StageConfig
@@ -33,33 +34,39 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Consumed:
-    """How far a source has been read: `position` windows of `seq_length` tokens, over all epochs and stages."""
+    """How far a source has been read: `position` windows of `seq_length` tokens, over all epochs and stages, of the data that
+    `digest` names."""
 
     position: int
     seq_length: int
+    digest: str
 
 
 Ledger = dict[str, Consumed]
 
 
-def ledger_to_json(ledger: Ledger) -> dict[str, dict[str, int]]:
+def ledger_to_json(ledger: Ledger) -> dict[str, dict[str, Any]]:
     return {name: asdict(consumed) for name, consumed in ledger.items()}
 
 
-def ledger_from_json(rows: Mapping[str, Mapping[str, int]]) -> Ledger:
+def ledger_from_json(rows: Mapping[str, Mapping[str, Any]]) -> Ledger:
     return {name: Consumed(**row) for name, row in rows.items()}
 
 
 class StageData:
     """The sources of a stage, in the order its mixture names them, and which window each global sample is.
 
-    `ledger` is what earlier stages consumed; a source they read goes on where they stopped."""
+    `ledger` is what earlier stages consumed; a source they read goes on where they stopped. `consumed` is what the run has
+    consumed by now, on a resume. DataError where a source was prepared anew since: its windows would be other text."""
 
-    def __init__(self, config: RunConfig, stage: StageConfig, *, ledger: Ledger):
+    def __init__(self, config: RunConfig, stage: StageConfig, *, ledger: Ledger, consumed: Ledger | None = None):
         data_dir, settings, seed = Path(config.run.data_dir), config.data, config.run.seed
         self.names = list(stage.mixture.sources)
         self.seq_length = stage.stage.seq_length
         self.streams = [SourceStream(data_dir / name, name=name) for name in self.names]
+
+        for stream in self.streams:
+            refuse_other_data(stream, consumed={**ledger, **(consumed or {})}.get(stream.name))
 
         def order(index: int, seq_length: int) -> SourceOrder:
             return SourceOrder(
@@ -74,7 +81,7 @@ class StageData:
         orders = [order(index, self.seq_length) for index in range(len(self.names))]
         starts, self.skipped_tokens = [], {}
         for index, name in enumerate(self.names):
-            before = ledger.get(name, Consumed(0, self.seq_length))
+            before = ledger.get(name, Consumed(0, self.seq_length, self.streams[index].digest))
             start, skipped = carry_over(order(index, before.seq_length), before.position, orders[index])
             starts.append(start)
             self.skipped_tokens[name] = skipped
@@ -85,7 +92,8 @@ class StageData:
     def ledger(self, samples: int) -> Ledger:
         """What the run has consumed of every source after `samples` sequences of this stage."""
         positions = self.order.positions(samples)
-        here = {name: Consumed(int(position), self.seq_length) for name, position in zip(self.names, positions, strict=True)}
+        rows = zip(self.streams, positions, strict=True)
+        here = {stream.name: Consumed(int(position), self.seq_length, stream.digest) for stream, position in rows}
         return {**self.start_ledger, **here}
 
     def read(self, first_sample: int, count: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -95,7 +103,29 @@ class StageData:
             self.streams[source].read(int(offset), self.seq_length + 1)
             for source, offset in zip(windows.source, windows.offset, strict=True)
         ]
+        refuse_foreign_ids(rows, names=self.names, sources=windows.source, streams=self.streams)
         return np.stack(rows), windows.source
+
+
+def refuse_foreign_ids(
+    rows: Sequence[NDArray[np.int32]], *, names: Sequence[str], sources: NDArray[np.int32], streams: Sequence[SourceStream]
+) -> None:
+    """A flipped bit in a shard would index past the embedding, which says nothing of where it was read."""
+    for row, source in zip(rows, sources, strict=True):
+        size, found = streams[source].manifest.tokenizer.vocab_size, int(row.max())
+        if found >= size or row.min() < 0:
+            raise DataError(
+                f"source {names[source]}: read token ids from {row.min()} to {found}, the vocabulary ends at {size}; "
+                "a shard is damaged. Fix: `phidias data action=verify` says which; restore it"
+            )
+
+
+def refuse_other_data(stream: SourceStream, *, consumed: Consumed | None) -> None:
+    if consumed and consumed.digest != stream.digest:
+        raise DataError(
+            f"source {stream.name}: {stream.directory} was prepared anew since this run read from it; going on would repeat "
+            "and skip text unseen. Fix: restore the shards, or start another run.name on the new ones"
+        )
 
 
 def micro_batches(

@@ -3,13 +3,24 @@
 import gc
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch.distributed as dist
 
 from launcher.config.schema import RunConfig, StageConfig
 from launcher.plan.stage import StagePlan, plan_stage
-from launcher.rundir.checkpoints import FORMAT_VERSION, CheckpointError, Meta, Saved, newest_checkpoint
+from launcher.rundir.checkpoints import (
+    FORMAT_VERSION,
+    CheckpointError,
+    Meta,
+    Saved,
+    newest_checkpoint,
+    set_torn_aside,
+    stage_end,
+)
 from launcher.rundir.exits import ExitClass
 from launcher.rundir.paths import RunDir
 from training.checkpoint import Checkpointer, layout_key
@@ -20,6 +31,10 @@ from training.model import build_model
 from training.optimizer import build_optimizer, build_schedule, set_schedule
 from training.parallel import Rank
 from training.step import Stepper, Sums
+
+COLLECTION_INTERVAL = 100  # steps
+Found = TypeVar("Found")
+LedgerRows = dict[str, dict[str, Any]]
 
 
 @dataclass
@@ -39,14 +54,16 @@ def train_stage(run: RunDir, config: RunConfig, *, stage_name: str, rank: Rank) 
     with stop_signals() as asked, quiet_garbage_collector():
         trainer.restore()
         while not trainer.is_finished:
-            stop = trainer.train_step(stop=bool(asked) or run.stop_flag.exists())
-            if trainer.due(plan.validation_interval):
-                trainer.validate()
+            stop = trainer.train_step(stop=bool(asked) or trainer.sees_stop_flag())
             if stop and not trainer.is_finished:
                 trainer.save()
                 return trainer.finish("stop", ExitClass.INTERRUPTED)
+            if trainer.due(plan.validation_interval):
+                trainer.validate()
             if trainer.due(plan.checkpoint_interval):
                 trainer.save()
+            if trainer.progress.step % COLLECTION_INTERVAL == 0:
+                gc.collect(1)
         trainer.validate()
         trainer.save()
     return trainer.finish("stage_done", ExitClass.DONE)
@@ -72,42 +89,58 @@ class Trainer:
 
     def restore(self) -> None:
         """Goes on from the newest valid checkpoint of the stage, else from the end of the stage it starts from."""
+        init_from = self.stage.stage.init_from
+        saved = on_rank_0(lambda: self.find_checkpoint(), rank=self.rank)
+        if saved:
+            self.open_data(start=saved.meta.start_ledger, consumed=saved.meta.ledger)
+            self.checkpointer.load(saved, self.stage.optim)
+            self.progress = Progress(saved.meta.samples, saved.meta.step, dict(saved.meta.tokens_by_source))
+            self.metrics.event("resume", step=saved.meta.step, path=saved.path.name)
+        elif init_from:
+            parent = on_rank_0(lambda: self.find_parent(init_from), rank=self.rank)
+            self.open_data(start=parent.meta.ledger)
+            self.checkpointer.load_weights(parent)
+            self.metrics.event("stage_start", init_from=init_from, path=parent.path.name)
+        else:
+            self.open_data(start={})
+            self.metrics.event("stage_start", init_from=None)
+        skipped = {name: tokens for name, tokens in self.data.skipped_tokens.items() if tokens}
+        if skipped and saved is None:
+            self.metrics.event("ledger_skip", tokens_by_source=skipped)
+        self.metrics.at(self.progress.step, samples=self.progress.samples)
+        self.metrics.status("running")
+
+    def find_checkpoint(self) -> Saved | None:
+        """The checkpoint to go on from; torn ones are set aside, and events say why."""
         saved, refused = newest_checkpoint(self.run, self.stage.stage.name)
         for reason in refused:
             self.metrics.event("checkpoint_refused", reason=reason)
         if saved is None and refused:
             raise CheckpointError("no checkpoint of this stage is valid: " + "; ".join(refused))
-        if saved:
-            self.checkpointer.load(saved, self.stage.optim)
-            self.progress = Progress(saved.meta.samples, saved.meta.step, dict(saved.meta.tokens_by_source))
-            self.open_data(saved, start=saved.meta.start_ledger)
-            self.metrics.event("resume", step=saved.meta.step, path=saved.path.name)
-        elif self.stage.stage.init_from:
-            parent = self.parent_checkpoint(self.stage.stage.init_from)
-            self.checkpointer.load_weights(parent)
-            self.open_data(parent, start=parent.meta.ledger)
-            self.metrics.event("stage_start", init_from=self.stage.stage.init_from, path=parent.path.name)
-        else:
-            self.open_data(None, start={})
-            self.metrics.event("stage_start", init_from=None)
-        self.metrics.status("running")
+        if refused:
+            set_torn_aside(self.run, self.stage.stage.name)
+        return saved
 
-    def parent_checkpoint(self, name: str) -> Saved:
-        saved, refused = newest_checkpoint(self.run, name, finished=True)
+    def find_parent(self, name: str) -> Saved:
+        """The end of the stage this one starts from, at the horizon that stage has now."""
+        num_samples = plan_stage(self.config.stage(name), cluster=self.config.cluster).num_samples
+        saved = stage_end(self.run, name, num_samples=num_samples)
         if saved is None:
             raise CheckpointError(
-                f"stage {self.stage.stage.name} starts from stage {name}, which has no finished checkpoint "
-                f"({'; '.join(refused) or 'none written'}). Fix: train stage={name} to its end first"
+                f"stage {self.stage.stage.name} starts from stage {name}, which has no finished checkpoint at its "
+                f"{num_samples} samples. Fix: train stage={name} to its end first"
             )
         return saved
 
-    def open_data(self, saved: Saved | None, *, start: dict[str, dict[str, int]]) -> None:
-        self.data = StageData(self.config, self.stage, ledger=ledger_from_json(start))
+    def open_data(self, *, start: LedgerRows, consumed: LedgerRows | None = None) -> None:
+        now = ledger_from_json(consumed) if consumed else None
+        self.data = StageData(self.config, self.stage, ledger=ledger_from_json(start), consumed=now)
         self.feed = TrainingFeed(self.data, self.stage, rank=self.rank)
         self.held_out = HeldOutFeed(self.config, self.stage, rank=self.rank)
-        skipped = {name: tokens for name, tokens in self.data.skipped_tokens.items() if tokens}
-        if skipped and (saved is None or saved.meta.stage != self.stage.stage.name):
-            self.metrics.event("ledger_skip", tokens_by_source=skipped)
+
+    def sees_stop_flag(self) -> bool:
+        """One rank looks; the step's all-reduce tells the others."""
+        return self.rank.rank == 0 and self.run.stop_flag.exists()
 
     def train_step(self, *, stop: bool) -> bool:
         """Reads one global batch, takes one optimizer step, logs it. Returns whether any rank was asked to stop."""
@@ -129,7 +162,7 @@ class Trainer:
         for name, tokens in sums.tokens_by_source(self.data.names).items():
             self.progress.tokens_by_source[name] = self.progress.tokens_by_source.get(name, 0) + tokens
 
-    def log(self, sums: Sums, *, lr: float, grad_norm: float, step_s: float, data_s: float) -> None:
+    def log(self, sums: Sums, *, lr: float, grad_norm: float | None, step_s: float, data_s: float) -> None:
         self.metrics.train(
             self.progress.step,
             samples=self.progress.samples,
@@ -182,9 +215,25 @@ class Trainer:
 
     def finish(self, kind: str, exit_class: ExitClass) -> ExitClass:
         self.metrics.event(kind, exit=exit_class.name, step=self.progress.step)
+        self.metrics.at(self.progress.step, samples=self.progress.samples)
         self.metrics.status("done" if exit_class is ExitClass.DONE else "stopped")
         self.metrics.close()
         return exit_class
+
+
+def on_rank_0(find: Callable[[], Found], *, rank: Rank) -> Found:
+    """What rank 0 finds on disk, on every rank: shared file systems show ranks different moments. So does its error."""
+    answer: list[Any] = [None, None]
+    if rank.rank == 0:
+        try:
+            answer[0] = find()
+        except CheckpointError as error:
+            answer[1] = error
+    dist.broadcast_object_list(answer, src=0, device=rank.device)
+    if answer[1] is not None:
+        raise answer[1]
+    found: Found = answer[0]
+    return found
 
 
 @contextmanager
@@ -202,7 +251,7 @@ def stop_signals() -> Iterator[list[int]]:
 
 @contextmanager
 def quiet_garbage_collector() -> Iterator[None]:
-    """Ranks that collect at different moments stall each other; a collection of the young objects is enough."""
+    """Ranks that collect at different moments stall each other: all collect young objects at the same steps instead."""
     gc.collect()
     gc.freeze()
     gc.disable()

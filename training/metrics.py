@@ -1,5 +1,7 @@
 """Where numbers go: metrics.jsonl and status.json always, W&B and TensorBoard where the config asks. Rank 0 only."""
 
+import math
+import secrets
 import time
 from typing import Any, Protocol
 
@@ -18,7 +20,7 @@ class Sink(Protocol):
 
 
 class WandbSink:
-    """One W&B run per Phidias run: the id is the run's name, so that a resume and the next stage go on in it."""
+    """One W&B run per Phidias run: its id is kept in the run directory, so that a resume and the next stage go on in it."""
 
     def __init__(self, run: RunDir, config: RunConfig, *, stage: str):
         import wandb
@@ -31,7 +33,7 @@ class WandbSink:
             project=settings.project,
             entity=settings.entity,
             group=settings.group,
-            id=run.name,
+            id=wandb_id(run),
             name=run.name,
             resume="allow",
             dir=run.root,
@@ -45,6 +47,15 @@ class WandbSink:
 
     def close(self) -> None:
         self.run.finish()
+
+
+def wandb_id(run: RunDir) -> str:
+    """Unique in the project, though others may have a run of the same name."""
+    path = run.wandb / "phidias_run_id"
+    if not path.exists():
+        run.wandb.mkdir(exist_ok=True)
+        path.write_text(f"{run.name}-{secrets.token_hex(4)}")
+    return path.read_text()
 
 
 class TensorBoardSink:
@@ -87,13 +98,17 @@ class Metrics:
     def validation(self, step: int, *, samples: int, **fields: Any) -> None:
         self._row("validation", step, samples, fields)
 
+    def at(self, step: int, *, samples: int) -> None:
+        """Where the stage stands, as the next status says it."""
+        self.last = self.last | {"step": step, "tokens": samples * self.seq_length}
+
     def status(self, state: str) -> None:
         """Where the stage stands; `eta_s` from the speed of the last row."""
         if not self.is_writer:
             return
         stage_tokens = self.plan.num_samples * self.seq_length
         speed = self.last["tokens_per_s"]
-        eta_s = round((stage_tokens - self.last["tokens"]) / speed, 1) if speed else None
+        eta_s = round(max(0, stage_tokens - self.last["tokens"]) / speed, 1) if speed else None
         row = {"name": self.run.name, "stage": self.stage, "state": state, **self.last, "eta_s": eta_s}
         row |= {"num_steps": self.plan.num_steps, "stage_tokens": stage_tokens, "time": round(time.time(), 3)}
         write_json(self.run.status, row)
@@ -106,6 +121,9 @@ class Metrics:
         if not self.is_writer:
             return
         counts = {"step": step, "samples": samples, "tokens": samples * self.seq_length}
+        fields = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in fields.items()
+        }
         row = append_record(self.run.metrics, kind, stage=self.stage, **counts, **fields)
         self.last = self.last | {key: row[key] for key in ("step", "tokens", "tokens_per_s") if key in row}
         if kind == "train":

@@ -35,6 +35,11 @@ def have_transformer_engine() -> bool:
 
 def refuse_undeliverable(precision: Precision) -> None:
     """megatron-core without transformer-engine trains in bf16 where FP8 was asked for, and says nothing. Refuse instead."""
+    if torch.cuda.is_available() and not have_transformer_engine():
+        raise PrecisionError(
+            "found a GPU without transformer-engine; the layers and the optimizer of GPU ranks come from it. "
+            "Fix: pip install 'phidias[gpu]', or cluster.gpu=null to train on the CPU"
+        )
     if precision.fp8 and not have_transformer_engine():
         raise PrecisionError(
             f"precision.fp8: found {precision.fp8!r} on a machine without transformer-engine or CUDA; FP8 would silently "

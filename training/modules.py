@@ -46,7 +46,7 @@ class CausalAttention(MegatronModule):
         if size > 1:
             key_SBGD, value_SBGD = (gather_sequence(tensor, group=self.cp_group) for tensor in (key_SBGD, value_SBGD))
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query_SBND, key_SBGD, value_SBGD))
-        mask = causal_mask(len(query_SBND), rank=self.cp_group.rank(), size=size) if size > 1 else None
+        mask = causal_mask(len(query_SBND), rank=self.cp_group.rank(), size=size).to(query.device) if size > 1 else None
         dropout = self.dropout if self.training else 0.0
         with tensor_parallel.get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext():
             context_BNSD = F.scaled_dot_product_attention(

@@ -37,13 +37,12 @@ def build_optimizer(stage: StageConfig, *, chunks: Sequence[DistributedDataParal
 def build_schedule(stage: StageConfig, *, plan: StagePlan, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
     """Linear warm-up from zero, then the stage's schedule down to min_lr at its last step. Counted in samples, so that the
     batch size may change without moving the schedule."""
-    batch = stage.stage.global_batch_size
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=stage.optim.lr,
         min_lr=stage.optim.min_lr,
-        lr_warmup_steps=plan.warmup_steps * batch,
+        lr_warmup_steps=plan.warmup_samples,
         lr_decay_steps=plan.num_samples,
         lr_decay_style=stage.optim.schedule,
         start_wd=stage.optim.weight_decay,

@@ -1,5 +1,6 @@
 """Process groups: who this rank is in the layout, and how ranks find each other."""
 
+import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -41,17 +42,19 @@ def join_world(*, timeout_s: int) -> torch.device:
     return device
 
 
-def initialize_parallel(layout: Layout, *, seed: int, device: torch.device) -> Rank:
+def initialize_parallel(layout: Layout, *, seed: int, device: torch.device, timeout_s: int) -> Rank:
     """Builds Megatron's groups over the world and seeds this rank."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         context_parallel_size=layout.cp,
+        distributed_timeout_minutes=math.ceil(timeout_s / 60),
     )
     # Dropout streams differ between pipeline stages and, through the tracker, between tensor-parallel ranks.
-    torch.manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(stage_seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(stage_seed)
     return current_rank(device)
 
 

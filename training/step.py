@@ -3,6 +3,8 @@
 Shapes: B micro batch, S sequence on this rank, N sources.
 """
 
+import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +21,9 @@ from launcher.config.schema import StageConfig
 from training.data import PADDING, MicroBatch
 from training.errors import NonFiniteError
 from training.parallel import Rank
+
+# megatron-core's rerun state machine says it so.
+NON_FINITE = re.compile(r"Unexpected result (nan|inf)\b|found (NaN|Inf) in")
 
 
 @dataclass(frozen=True)
@@ -54,21 +59,24 @@ class Stepper:
         self.forward_backward = get_forward_backward_func()
         connect(self.chunks, optimizer=optimizer)
 
-    def train(self, batches: list[MicroBatch] | None, *, num_microbatches: int, stop: bool) -> tuple[Sums, float]:
-        """One optimizer step. Returns the batch's sums and the gradient norm before clipping.
+    def train(self, batches: list[MicroBatch] | None, *, num_microbatches: int, stop: bool) -> tuple[Sums, float | None]:
+        """One optimizer step. Returns the batch's sums and the gradient norm before clipping (None without clipping).
 
-        Raises NonFiniteError, before the weights are touched, where a gradient is NaN or Inf."""
+        Raises NonFiniteError where a gradient is NaN or Inf: on this rank before the weights are touched."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         try:
             reports = self._run(batches, num_microbatches=num_microbatches, forward_only=False)
         except RuntimeError as error:
-            if "NaN" in str(error) or "nan" in str(error):
-                raise NonFiniteError(f"a gradient is NaN or Inf: {error}") from error
+            if NON_FINITE.search(str(error)):
+                raise NonFiniteError(f"a gradient is NaN or Inf; the weights are as they were: {error}") from error
             raise
         _, grad_norm, _ = self.optimizer.step()
-        return self.reduce(reports, stop=stop), float(grad_norm or 0.0)
+        if grad_norm is not None and not math.isfinite(grad_norm):
+            # Each rank's gradients were finite, their sum was not: the update has already been taken.
+            raise NonFiniteError(f"gradient norm is {grad_norm}; go on from the last checkpoint")
+        return self.reduce(reports, stop=stop), None if grad_norm is None else float(grad_norm)
 
     @torch.no_grad()
     def evaluate(self, batches: list[MicroBatch] | None, *, num_microbatches: int) -> Sums:

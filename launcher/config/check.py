@@ -1,5 +1,6 @@
 """What types cannot say: rules between fields. Each rule is a small generator of problems; all are reported together."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 from launcher.config.check_layout import LAYOUT_RULES
@@ -56,8 +57,6 @@ def check_family(model: ModelConfig) -> Iterator[Problem]:
     if model.family is None:
         return
     wanted = {"activation": "swiglu", "normalization": "rmsnorm", "mlp_bias": False, "attention_bias": False}
-    if model.family == "llama":
-        del wanted["attention_bias"]
     for field, value in wanted.items():
         if getattr(model, field) != value:
             rule = f"family {model.family} exports models with {field}={str(value).lower()}"
@@ -140,8 +139,9 @@ def check_start(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
 
 def check_optim(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
     optim = stage.optim
-    if optim.warmup_tokens > stage.stage.tokens:
-        rule = f"warm-up must end within stage.tokens ({stage.stage.tokens:g})"
+    seq_length = stage.stage.seq_length
+    if math.ceil(optim.warmup_tokens / seq_length) >= math.ceil(stage.stage.tokens / seq_length):
+        rule = f"warm-up must end before the stage does, stage.tokens ({stage.stage.tokens:g})"
         yield Problem("optim.warmup_tokens", f"{optim.warmup_tokens:g}", rule, "shorten the warm-up or lengthen the stage")
     if optim.min_lr > optim.lr:
         rule = f"the schedule falls from optim.lr ({optim.lr:g}) to it"

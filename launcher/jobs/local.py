@@ -4,25 +4,30 @@ Ctrl-C raises the stop flag: the ranks finish their step, save and exit. A secon
 """
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
 
 from launcher.config.errors import ConfigError, Problem
 from launcher.config.schema import Cluster, RunConfig
+from launcher.plan.stage import plan_stage
 from launcher.report.live import LiveView
+from launcher.rundir.checkpoints import newest_checkpoint, stage_end
+from launcher.rundir.code import child_environment
 from launcher.rundir.exits import ExitClass
 from launcher.rundir.lock import lock_run
 from launcher.rundir.paths import RunDir
 from launcher.rundir.records import append_record, read_records
 
-SOURCE_ROOT = Path(__file__).resolve().parents[2]
 REFRESH_S = 0.2
+FULL_BYTES = 1 << 20
+TELLING = [kind.name for kind in (ExitClass.NEEDS_PERSON, ExitClass.REFUSED, ExitClass.BAD_NODE, ExitClass.STATE)]
+TELLING += [kind.name for kind in ExitClass if kind.name not in TELLING]
 
 
 def train(run: RunDir, config: RunConfig) -> ExitClass:
@@ -36,6 +41,8 @@ def train(run: RunDir, config: RunConfig) -> ExitClass:
                 view.note(f"{stage}: done already")
                 continue
             ended = run_stage(run, config, stage=stage, lock=lock, view=view)
+            if ended is ExitClass.DONE and run.stop_flag.exists():
+                ended = ExitClass.INTERRUPTED  # asked while the stage took its last step
             if ended is not ExitClass.DONE:
                 return ended
     return ExitClass.DONE
@@ -43,11 +50,8 @@ def train(run: RunDir, config: RunConfig) -> ExitClass:
 
 def stage_is_done(run: RunDir, config: RunConfig, stage: str) -> bool:
     """Whether the stage has a checkpoint at its end; a raised token horizon makes an ended stage go on."""
-    from launcher.plan.stage import plan_stage
-
-    samples = plan_stage(config.stage(stage), cluster=config.cluster).num_samples
-    rows = read_records(run.checkpoints(stage) / "index.jsonl")
-    return any(row["finished"] and row["samples"] >= samples for row in rows)
+    num_samples = plan_stage(config.stage(stage), cluster=config.cluster).num_samples
+    return stage_end(run, stage, num_samples=num_samples) is not None
 
 
 def run_stage(run: RunDir, config: RunConfig, *, stage: str, lock: int, view: LiveView) -> ExitClass:
@@ -62,13 +66,16 @@ def run_stage(run: RunDir, config: RunConfig, *, stage: str, lock: int, view: Li
             stderr=subprocess.STDOUT,
             env=rank_environment(config.cluster),
             start_new_session=True,  # Ctrl-C reaches this process alone, which asks the ranks to save
-            pass_fds=[lock],  # the run stays locked while any rank lives, even if this process is killed
+            pass_fds=[lock],  # the run stays locked while torchrun lives, and ranks die with it, even if this process is killed
         )
-        with ask_on_interrupt(run, process, view):
+        with ask_on_interrupt(run, process, view) as asked:
             while process.poll() is None:
                 view.refresh()
                 time.sleep(REFRESH_S)
         view.refresh()
+    if len(asked) > 1:
+        view.note(f"{stage}: ended at once; it goes on from its last checkpoint")
+        return ExitClass.INTERRUPTED
     ended, error = how_it_ended(run, stage, skip=num_events, code=process.returncode)
     if error:
         view.note(f"{stage}: {error}\n  log: {log_path}")
@@ -84,17 +91,18 @@ def torchrun_command(run: RunDir, *, cluster: Cluster, stage: str) -> list[str]:
 
 
 def rank_environment(cluster: Cluster) -> dict[str, str]:
-    """This environment, with Phidias importable from where it stands, no `training/` of the working directory, and the
-    cores shared out between the ranks."""
+    """The environment of a rank: the cores shared out between the ranks, and what the cluster sets."""
     threads = max(1, (os.cpu_count() or 1) // cluster.gpus_per_node)
-    path = os.pathsep.join(filter(None, [str(SOURCE_ROOT), os.environ.get("PYTHONPATH")]))
-    ours = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": str(threads), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    return {**os.environ, **ours, **cluster.env}
+    ours = {"OMP_NUM_THREADS": str(threads), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    if cluster.gpu is None:
+        ours["CUDA_VISIBLE_DEVICES"] = ""  # CPU ranks were asked for, also where there are GPUs
+    return {**child_environment(), **ours, **cluster.env}
 
 
 @contextmanager
-def ask_on_interrupt(run: RunDir, process: "subprocess.Popen[bytes]", view: LiveView) -> Iterator[None]:
-    """While the block runs, SIGINT and SIGTERM ask the ranks to save and stop; the second one kills them."""
+def ask_on_interrupt(run: RunDir, process: "subprocess.Popen[bytes]", view: LiveView) -> Iterator[list[int]]:
+    """While the block runs, SIGINT, SIGTERM and SIGHUP ask the ranks to save and stop; the second one kills them. Yields the
+    signals that came."""
     asked: list[int] = []
 
     def ask(number: int, _: object) -> None:
@@ -103,11 +111,12 @@ def ask_on_interrupt(run: RunDir, process: "subprocess.Popen[bytes]", view: Live
             run.stop_flag.touch()
             view.note("stopping: the ranks save after this step (again to end them at once)")
         else:
-            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # the ranks die with torchrun
 
-    before = {kind: signal.signal(kind, ask) for kind in (signal.SIGINT, signal.SIGTERM)}
+    before = {kind: signal.signal(kind, ask) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        yield
+        yield asked
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
@@ -116,11 +125,26 @@ def ask_on_interrupt(run: RunDir, process: "subprocess.Popen[bytes]", view: Live
 def how_it_ended(run: RunDir, stage: str, *, skip: int, code: int) -> tuple[ExitClass, str | None]:
     """The exit class the ranks wrote, and the first fault's message. Without a word from them: a fault that may be retried."""
     rows = [row for row in list(read_records(run.events))[skip:] if row.get("stage") == stage]
-    if fault := next((row for row in rows if row["kind"] == "fault"), None):
+    # Ranks that lost a neighbour report that; the one that says what a person can act on is the cause.
+    faults = [row for row in rows if row["kind"] == "fault"]
+    if fault := min(faults, key=lambda row: TELLING.index(row["exit"]), default=None):
         return ExitClass[fault["exit"]], f"rank {fault['rank']}: {fault['error']}"
     if ending := next((row for row in rows if row["kind"] in ("stop", "stage_done")), None):
         return ExitClass[ending["exit"]], None
+    if shutil.disk_usage(run.root).free < FULL_BYTES:
+        return ExitClass.NEEDS_PERSON, f"the disk of {run.root} is full. Fix: free space there and start the run again"
     return ExitClass.RETRYABLE, f"the ranks ended with code {code} and without a cause"
+
+
+def refuse_headless(run: RunDir, config: RunConfig) -> None:
+    """ConfigError, before the run directory is touched, where a selected stage starts from one that is neither selected before
+    it nor trained to an end in this run."""
+    for stage in config.stages:
+        parent = stage.stage.init_from
+        if parent is None or parent in config.stage_names or newest_checkpoint(run, parent, finished=True)[0]:
+            continue
+        rule = f"stage {stage.stage.name} starts from the end of {parent}, which run {run.name} has not trained"
+        raise ConfigError(Problem("stage.init_from", repr(parent), rule, f"train stage={parent} first, or all stages at once"))
 
 
 def refuse_port_in_use(cluster: Cluster) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from data_prep.errors import DataError
-from data_prep.manifest import Manifest, read_manifest
+from data_prep.manifest import Manifest, damaged_shards, read_manifest
 from data_prep.tokenizers import build_tokenizer
 from launcher.config.check_mixture import check_caps
 from launcher.config.errors import ConfigError, Problem
@@ -42,7 +42,11 @@ def read_manifests(config: RunConfig) -> tuple[dict[str, Manifest], list[Problem
     for name in source_names(config):
         directory = Path(config.run.data_dir) / name
         try:
-            manifests[name] = read_manifest(directory)
+            manifests[name] = manifest = read_manifest(directory)
+            for damage in damaged_shards(directory, manifest=manifest):
+                rule = "shards are written once and never repaired"
+                fix = f"restore it, or remove {directory} and {RUN_DATA}"
+                problems.append(Problem(f"mixture.sources.{name}", damage, rule, fix))
         except DataError as error:
             missing = not (directory / "manifest.json").exists()
             found = f"no data ({directory / 'manifest.json'} is missing)" if missing else str(error)

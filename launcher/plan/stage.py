@@ -8,8 +8,8 @@ from launcher.config.schema import Cluster, Layout, StageConfig
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What a stage comes to on a cluster. `num_steps` rounds the token horizon up to whole steps;
-    `num_samples` counts sequences over the whole stage."""
+    """What a stage comes to on a cluster. Samples (sequences) are what the stage and its warm-up last, whatever the batch;
+    `num_steps` and `warmup_steps` round them up to whole steps."""
 
     data_parallel_size: int
     num_microbatches: int
@@ -19,6 +19,7 @@ class StagePlan:
     validation_interval: int
     checkpoint_interval: int
     num_samples: int
+    warmup_samples: int
 
 
 def plan_stage(config: StageConfig, *, cluster: Cluster) -> StagePlan:
@@ -26,16 +27,18 @@ def plan_stage(config: StageConfig, *, cluster: Cluster) -> StagePlan:
     stage, layout = config.stage, config.layout
     data_parallel_size = cluster.world_size // layout.model_parallel_size
     tokens_per_step = stage.global_batch_size * stage.seq_length
-    num_steps = math.ceil(stage.tokens / tokens_per_step)
+    num_samples = math.ceil(stage.tokens / stage.seq_length)
+    warmup_samples = math.ceil(config.optim.warmup_tokens / stage.seq_length)
     return StagePlan(
         data_parallel_size=data_parallel_size,
         num_microbatches=stage.global_batch_size // (layout.micro_batch_size * data_parallel_size),
         tokens_per_step=tokens_per_step,
-        num_steps=num_steps,
-        warmup_steps=math.ceil(config.optim.warmup_tokens / tokens_per_step),
+        num_steps=math.ceil(num_samples / stage.global_batch_size),
+        warmup_steps=math.ceil(warmup_samples / stage.global_batch_size),
         validation_interval=max(1, round(stage.validation.interval_tokens / tokens_per_step)),
         checkpoint_interval=max(1, round(stage.checkpoint.interval_tokens / tokens_per_step)),
-        num_samples=num_steps * stage.global_batch_size,
+        num_samples=num_samples,
+        warmup_samples=warmup_samples,
     )
 
 

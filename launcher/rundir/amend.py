@@ -17,6 +17,7 @@ ABSENT = "absent"
 FIXED = re.compile(
     r"model\.|run\.seed$|tokenizer\.(kind|eod)$|data\.(chunk_tokens|group_tokens|held_out_fraction)$"
     r"|stages\.[^.]+\.stage\.(seq_length|rotary_base|init_from)$"
+    r"|stages\.[^.]+\.layout\.distributed_optimizer$"  # its checkpoints hold the optimizer in another form
     r"|stages\.[^/]+\.mixture\.sources\.(?!.*\.(inputs|max_epochs|unique_tokens)$)"
 )
 

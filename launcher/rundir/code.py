@@ -1,5 +1,6 @@
 """Which code works on a run: versions and the commit, read without importing any of it."""
 
+import os
 import platform
 import subprocess
 from functools import cache
@@ -8,6 +9,14 @@ from pathlib import Path
 from typing import Any
 
 SOURCE_ROOT = Path(__file__).resolve().parents[2]
+
+
+def child_environment() -> dict[str, str]:
+    """This environment for a Python of ours: Phidias importable from where it stands, nothing from the working directory."""
+    path = os.pathsep.join(filter(None, [str(SOURCE_ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+
+
 PACKAGES = ("megatron-core", "torch", "transformer-engine", "numpy", "hydra-core", "pydantic")
 
 

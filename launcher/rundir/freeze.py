@@ -1,5 +1,6 @@
 """The frozen config of a run directory: written once, read by every rank and later stage, changed by recorded amendments."""
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from launcher.rundir.records import append_record, read_json, write_atomic, writ
 
 # From each older schema_version to the next, so that new code resumes old runs.
 UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+STAGE_TOKENS = re.compile(r"stages\.[^.]+\.stage\.tokens$")
 HEADER = "# Frozen by phidias {version}. Ranks read this file; change it by overrides to `phidias train`, not by hand.\n"
 
 
@@ -88,6 +90,7 @@ def _reopen(run: RunDir, *, config: RunConfig) -> None:
     changes = compare(frozen, config=config)
     if changes.refused:
         raise RunStateError(describe_refusal(run, refused=changes.refused))
+    refuse_moved_end(run, frozen=frozen, changes=changes)
     merged = merge(frozen, config=config)
     if merged != frozen:
         check_run(merged)
@@ -99,6 +102,19 @@ def merge(frozen: RunConfig, *, config: RunConfig) -> RunConfig:
     """`config`, together with the frozen stages that it does not select, in the order of run.stages."""
     rows: dict[str, StageConfig] = {stage.stage.name: stage for stage in (*frozen.stages, *config.stages)}
     return replace(config, stages=tuple(rows[name] for name in config.run.stages if name in rows))
+
+
+def refuse_moved_end(run: RunDir, *, frozen: RunConfig, changes: Changes) -> None:
+    """A stage that another one started from has ended: going on with it would read what its successor reads, and never reach
+    the successor's weights."""
+    moved = {path.split(".")[1]: (old, new) for path, old, new in changes.amended if STAGE_TOKENS.match(path)}
+    for child in frozen.stages:
+        parent, begun = child.stage.init_from, (run.checkpoints(child.stage.name) / "index.jsonl").exists()
+        if parent in moved and begun:
+            old, new = moved[parent]
+            found = f"{run.root}: stages.{parent}.stage.tokens is {old:g}, asked for {new:g}"
+            rule = f"stage {child.stage.name} has started from its end"
+            raise RunStateError(f"{found}; {rule}. Fix: name the stage to change (stage=...), or use another run.name")
 
 
 def _write(run: RunDir, *, config: RunConfig) -> None:

@@ -5,8 +5,10 @@ metrics.jsonl   rows of kind `train` (every log_interval steps) and `validation`
 status.json     where the run stands now, replaced whole
 """
 
+import errno
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +23,9 @@ def append_record(path: Path, kind: str, /, **fields: Any) -> dict[str, Any]:
     try:
         size = os.fstat(descriptor).st_size
         cut_off = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-        os.write(descriptor, (b"\n" if cut_off else b"") + json.dumps(row).encode() + b"\n")
+        line = (b"\n" if cut_off else b"") + json.dumps(row).encode() + b"\n"
+        if os.write(descriptor, line) < len(line):
+            raise OSError(errno.ENOSPC, "the disk is full", str(path))
     finally:
         os.close(descriptor)
     return row
@@ -59,3 +63,13 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
+
+
+def replace_folder(new: Path, /, final: Path) -> None:
+    """Puts a folder that is whole in place of another; between the two renames the old one lies beside it as `*.old`."""
+    old = final.with_name(final.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    new.rename(final)
+    shutil.rmtree(old, ignore_errors=True)

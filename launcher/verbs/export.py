@@ -3,13 +3,12 @@ generates a sample from what it wrote.
 
 Keys: stage=<the last stage>  prompt=<text>  runs_dir=runs"""
 
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
 
 from launcher.config.errors import ConfigError, Problem
-from launcher.rundir.code import SOURCE_ROOT
+from launcher.rundir.code import child_environment
 from launcher.rundir.freeze import read_config
 from launcher.verbs.request import read_run_words
 from launcher.verbs.runs import RUNS_DIR, find_run, one_or_more
@@ -32,10 +31,4 @@ def run(words: Sequence[str]) -> int:
         raise ConfigError(Problem("stage", repr(stage), f"run {directory.name} has {', '.join(stages)}", f"stage={stages[-1]}"))
     command = [sys.executable, "-m", "training.interop.export", str(directory.root), "--stage", stage]
     command += ["--prompt", options["prompt"]] if "prompt" in options else []
-    return subprocess.run(command, env=export_environment(), check=False).returncode
-
-
-def export_environment() -> dict[str, str]:
-    """torch is imported in a process of its own, and `training` from where this package stands, not the working directory."""
-    path = os.pathsep.join(filter(None, [str(SOURCE_ROOT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    return subprocess.run(command, env=child_environment(), check=False).returncode

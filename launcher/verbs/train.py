@@ -1,20 +1,24 @@
 """phidias train: trains the stages of a run on this machine. Checks everything first; goes on where an earlier call stopped."""
 
+from pathlib import Path
+
 from launcher.config.errors import ConfigError, Problem
 from launcher.config.schema import RunConfig
 from launcher.plan.preflight import check_data_ready
 from launcher.rundir.freeze import open_run
+from launcher.rundir.paths import RunDir
 from launcher.verbs.request import Request
 
 OPTIONS: dict[str, tuple[str, ...]] = {}
 
 
 def act(request: Request) -> int:
-    from launcher.jobs.local import train
+    from launcher.jobs.local import refuse_headless, train
 
     config = request.config
     refuse_slurm(config)
     check_data_ready(config)
+    refuse_headless(RunDir(Path(config.run.runs_dir) / config.run.name), config)
     return train(open_run(config), config)
 
 

@@ -30,7 +30,7 @@ def megatron_logits(run: RunDir, stage_name: str, tokens_BS: torch.Tensor) -> to
     config = read_config(run)
     stage = dataclasses.replace(config.stage(stage_name), layout=Layout(**LAYOUT))
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29577")
-    initialize_parallel(stage.layout, seed=0, device=join_world(timeout_s=60))
+    initialize_parallel(stage.layout, seed=0, device=join_world(timeout_s=60), timeout_s=60)
     chunks = build_model(stage, model=config.model, seed=0)
     saved, _ = newest_checkpoint(run, stage_name)
     assert saved is not None

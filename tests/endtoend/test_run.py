@@ -1,18 +1,23 @@
 """The whole way as a user goes it: data, training stopped by Ctrl-C and taken up again, midtraining, export, and everything
 that must be refused or survived on the way."""
 
+import contextlib
 import json
 import os
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from launcher.rundir.lock import is_live
+from launcher.rundir.paths import RunDir
 from tests.endtoend.workspace import REPOSITORY, Workspace
 
 
@@ -142,14 +147,33 @@ def test_another_model_in_the_same_directory_is_refused(trained: Workspace) -> N
 
 
 def test_midtraining_without_pretraining_is_refused(prepared: Workspace) -> None:
-    output = prepared.named("headless").config("train", "stage=long", code=3)
-    assert "stage long starts from stage small, which has no finished checkpoint" in output
+    output = prepared.named("headless").config("train", "stage=long", code=2)
+    assert "stage long starts from the end of small, which run headless has not trained" in output
+    assert not (prepared.root / "runs" / "headless").exists()
 
 
 def test_export_without_a_checkpoint_is_refused(prepared: Workspace) -> None:
-    output = prepared.phidias("export", "headless", "runs_dir=runs", code=3)
+    """A run that was opened and has not saved yet."""
+    early = prepared.named("early")
+    process = early.start_training("stage=small", "stage.tokens=4e5", "stage.checkpoint.interval_tokens=4e5")
+    early.wait_for_step(1, stage="small", process=process)
+    output = early.phidias("export", "early", "runs_dir=runs", code=3)
     assert "has no valid checkpoint" in output
-    assert not list((prepared.root / "runs" / "headless").glob("export/*"))
+    assert not list(early.run_dir.glob("export/*"))
+    assert early.interrupt(process) == 130
+    assert "NOT its end" in early.phidias("export", "early", "runs_dir=runs")
+
+
+def test_a_damaged_shard_is_refused_before_anything_is_written(prepared: Workspace) -> None:
+    data = prepared.root / "damaged"
+    shutil.copytree(prepared.root / "data", data)
+    os.truncate(data / "prose" / "shard_00000.bin", 100)
+    words = [f"run.data_dir={data}", f"tokenizer.file={data / 'tokenizer.json'}"]
+    damaged = prepared.named("damaged")
+    for verb in ("train", "data"):
+        output = damaged.config(verb, *words, code=2)
+        assert "shard_00000.bin holds 100 bytes, the manifest says" in output and "remove" in output
+    assert not damaged.run_dir.exists()
 
 
 def test_no_data_is_refused_before_anything_is_written(prepared: Workspace) -> None:
@@ -190,3 +214,59 @@ def test_shards_that_megatron_wrote_are_taken_over(prepared: Workspace) -> None:
     assert before == {name: (data / name / "manifest.json").read_bytes() for name in before}
     imported.config("train", "stage=small", "stage.tokens=2048", "optim.warmup_tokens=512", *words)
     assert losses(prepared, "imported", "small")[4] > 0
+
+
+def test_ranks_never_outlive_their_launchers(prepared: Workspace) -> None:
+    """After kill -9 of `phidias train` the run stays locked while torchrun lives; ranks die with torchrun, and it is free."""
+    orphan = prepared.named("orphan")
+    process = orphan.start_training("stage=small", "stage.tokens=4e5")
+    orphan.wait_for_step(2, stage="small", process=process)
+    process.kill()
+    process.communicate()
+    assert "run orphan is live" in orphan.config("train", "stage=small", code=3)
+    torchrun = [pid for pid, command in processes(orphan.run_dir).items() if "torch.distributed.run" in command]
+    assert len(torchrun) == 1
+    ranks = [pid for pid in processes(orphan.run_dir) if pid != torchrun[0]]
+    groups = [os.getpgid(pid) for pid in ranks]
+    os.kill(torchrun[0], signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while any(group_lives(group) for group in groups) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert processes(orphan.run_dir) == {}
+    assert not any(group_lives(group) for group in groups), "helpers of a rank outlived it"
+    assert not is_live(RunDir(orphan.run_dir))
+
+
+def test_data_prepared_anew_under_a_run_is_refused(trained: Workspace) -> None:
+    copy, data = clone(trained, "renewed"), trained.root / "renewed_data"
+    (copy / "checkpoints" / "small" / "index.jsonl").write_text(
+        "".join(line for line in index_lines(copy) if '"finished": true' not in line)
+    )
+    shutil.copytree(trained.root / "data", data)
+    manifest = json.loads((data / "prose" / "manifest.json").read_text())
+    manifest["train"]["shards"][0]["bin_xxh3"] = "0" * 32
+    (data / "prose" / "manifest.json").write_text(json.dumps(manifest))
+    output = trained.named("renewed").config("train", "stage=small", f"run.data_dir={data}", code=2)
+    assert "source prose" in output and "was prepared anew since this run read from it" in output
+
+
+def test_a_stage_that_another_started_from_keeps_its_end(trained: Workspace) -> None:
+    output = trained.config("train", "stage=small", "stage.tokens=4e4", code=3)
+    assert "stage long has started from its end" in output
+
+
+def processes(run_dir: Path) -> dict[int, str]:
+    """Processes that name the run directory."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and str(run_dir) in (command := (entry / "cmdline").read_text().replace("\0", " ")):
+                found[int(entry.name)] = command
+    return found
+
+
+def group_lives(group: int) -> bool:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, 0)
+        return True
+    return False

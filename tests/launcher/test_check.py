@@ -81,7 +81,7 @@ CONFIGS = [
     (["stage.init_from=demo_midtrain"], "stage.init_from", ["must name a stage before"]),
     ([ONE, "stage.init_from=elsewhere"], "stage.init_from", ["there is none", "stage.init_from=null"]),
     (["run.stages=[demo_pretrain,demo_pretrain]"], "run.stages", ["demo_pretrain twice"]),
-    ([ONE, "optim.warmup_tokens=3e6"], "optim.warmup_tokens", ["within stage.tokens (2.5e+06)"]),
+    ([ONE, "optim.warmup_tokens=3e6"], "optim.warmup_tokens", ["warm-up must end before the stage does", "2.5e+06"]),
     ([ONE, "optim.min_lr=1"], "optim.min_lr", ["falls from optim.lr (0.003)"]),
     (["model.vocab_size=5000"], "model.padded_vocab_size", ["must hold model.vocab_size (5000)", "5120"]),
     (["model.num_query_groups=3"], "model.num_query_groups", ["must divide model.num_attention_heads (4)"]),

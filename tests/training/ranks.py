@@ -57,7 +57,7 @@ class Case:
         stage = stage_config(layout=LAYOUTS[name], **sections)
         self.config: RunConfig = run_config(work, ranks=dist.get_world_size(), stages=[stage])
         self.run = RunDir(work / "runs" / run_name)
-        self.rank = initialize_parallel(self.config.stages[0].layout, seed=self.config.run.seed, device=device)
+        self.rank = initialize_parallel(self.config.stages[0].layout, seed=self.config.run.seed, device=device, timeout_s=120)
         if dist.get_rank() == 0:
             self.run.root.mkdir(parents=True, exist_ok=True)
         dist.barrier()

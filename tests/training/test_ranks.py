@@ -65,7 +65,7 @@ def test_every_layout_learns_the_same(case: str, results: dict[str, Any]) -> Non
 def test_it_learns(results: dict[str, Any]) -> None:
     losses = [row["loss"] for row in results["layout:one"]["rows"]]
     assert losses[0] == pytest.approx(math.log(250), abs=0.3)
-    assert losses[-1] < losses[0] - 0.3
+    assert losses[-1] < losses[0] - 0.1
 
 
 def test_learning_rate_warms_up_and_ends_at_its_minimum(results: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from launcher.rundir.checkpoints import CheckpointError, Saved, newest_checkpoin
 from launcher.rundir.exits import ExitClass, RunStateError
 from launcher.rundir.freeze import read_config
 from launcher.rundir.paths import RunDir
-from launcher.rundir.records import append_record
+from launcher.rundir.records import append_record, replace_folder
 from training.errors import exit_class
 from training.interop.families import FAMILIES, hf_config
 from training.interop.tokenizer import write_tokenizer
@@ -42,6 +42,10 @@ def export(run: RunDir, config: RunConfig, *, stage: str) -> Path:
     tokenizer = write_tokenizer(config.tokenizer, partial, max_length=settings.seq_length)
     weights = CheckpointWeights(saved.path)
     num_bytes, dtype = write_weights(hf_tensors(weights, model=config.model), partial)
+    if weights.unread:
+        raise CheckpointError(
+            f"{saved.path} holds tensors that family {config.model.family} has no place for: {weights.unread}"
+        )
     fields = hf_config(config.model, stage=settings, ids=tokenizer.ids, dtype=str(dtype).removeprefix("torch."))
     write_json_file(partial / "config.json", fields)
     ids = {name: fields[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -98,6 +102,15 @@ def write_weights(tensors: Iterator[tuple[str, Tensor]], directory: Path) -> tup
     return total, dtype
 
 
+def caveats(run: RunDir, stage: str) -> list[str]:
+    """What a user must know of an exported checkpoint that is not the stage's end, or not its newest."""
+    saved, refused = newest_checkpoint(run, stage)
+    lines = [f"passed over: {reason}" for reason in refused]
+    if saved and not saved.meta.finished:
+        lines.append(f"this is step {saved.meta.step} ({saved.meta.tokens} tokens) of the stage, NOT its end")
+    return lines
+
+
 def write_shard(tensors: dict[str, Tensor], path: Path) -> None:
     """save_file, readable as the user's other files are: safetensors makes its files readable by the owner alone."""
     save_file(tensors, path, metadata={"format": "pt"})
@@ -106,16 +119,6 @@ def write_shard(tensors: dict[str, Tensor], path: Path) -> None:
 
 def write_json_file(path: Path, fields: dict[str, object]) -> None:
     path.write_text(json.dumps(fields, indent=2) + "\n")
-
-
-def replace_folder(new: Path, final: Path) -> None:
-    """Puts the new folder in place of the old one; between the two renames the old one lies beside it."""
-    old = final.with_name(final.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    new.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def generate(directory: Path, prompt: str, *, num_tokens: int = 60) -> str:
@@ -148,6 +151,8 @@ def main() -> ExitClass:
         print(f"phidias: {error}", file=sys.stderr)
         return exit_class(error)
     print(f"exported {arguments.stage} to {directory}")
+    for line in caveats(run, arguments.stage):
+        print(line)
     if arguments.prompt is not None:
         print(f"\nsample:\n{generate(directory, arguments.prompt)}")
     return ExitClass.DONE

@@ -22,9 +22,11 @@ class CheckpointWeights:
             for name, entry in entries.items()
             if isinstance(entry, TensorStorageMetadata) and not name.startswith("optimizer.")
         }
+        self.unread = set(self.tensors)
 
     def read(self, name: str) -> Tensor:
         entry = self.tensors[name]
+        self.unread.discard(name)
         state = {name: torch.empty(entry.size, dtype=entry.properties.dtype)}
         load(state, checkpoint_id=str(self.path), no_dist=True)
         return state[name]
