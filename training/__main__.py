@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import multiprocessing
 import os
 import sys
 import traceback
@@ -75,6 +76,8 @@ def leave(code: ExitClass) -> None:
     sys.stderr.flush()
     if code in (ExitClass.DONE, ExitClass.INTERRUPTED):
         sys.exit(code)
+    for child in multiprocessing.active_children():
+        child.kill()
     os._exit(code)
 
 

@@ -1,13 +1,14 @@
 """How a rank may fail, and the exit class each failure ends in."""
 
 import errno
+import re
 
 from data_prep.errors import DataError
 from launcher.rundir.checkpoints import CheckpointError, DiskFullError
 from launcher.rundir.exits import ExitClass, RunStateError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-FULL_TEXTS = (*(f"[Errno {number}]" for number in FULL), "unexpected pos")
+FULL_TEXT = re.compile("|".join([*(rf"\[Errno {number}\]" for number in FULL), r"unexpected pos \d+ vs \d+"]))
 
 
 class PrecisionError(Exception):
@@ -35,7 +36,7 @@ def is_disk_full(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in FULL:
             return True
-        if any(sign in str(error) for sign in FULL_TEXTS):
+        if FULL_TEXT.search(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -23,6 +23,7 @@ def own_results_queue() -> None:
 
     Megatron's own is a Manager process (270 MB) that a rank leaves behind when it is killed or ends without Python's exit
     handlers: a few dozen runs later the machine is out of memory."""
+    import psutil  # noqa: F401  (without it megatron-core's writers die and the save waits for them for ever)
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     if filesystem_async._results_queue is None:

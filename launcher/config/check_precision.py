@@ -19,10 +19,20 @@ def check_fp8_fields(stage: StageConfig, *, config: RunConfig) -> Iterator[Probl
     if precision.params_dtype != "bf16":
         rule = "what FP8 leaves out is computed in bf16"
         yield Problem("precision.params_dtype", precision.params_dtype, rule, "precision.params_dtype=bf16")
-    if precision.num_layers_at_start_in_bf16 + precision.num_layers_at_end_in_bf16 > config.model.num_layers:
-        found = f"{precision.num_layers_at_start_in_bf16} and {precision.num_layers_at_end_in_bf16} at the end"
-        rule = f"the model has {config.model.num_layers} layers"
-        yield Problem("precision.num_layers_at_start_in_bf16", found, rule, "fewer layers in bf16, or precision=bf16")
+    yield from check_bf16_layers(stage, config=config)
+
+
+def check_bf16_layers(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
+    """Layers that stay in bf16 lie in the first and the last pipeline stage; delayed scaling has none (megatron-core 0.16.1)."""
+    per_stage = config.model.num_layers // stage.layout.pp
+    for field in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
+        count = getattr(stage.precision, field)
+        if count and stage.precision.fp8 == "delayed":
+            rule = "delayed scaling keeps no layers in bf16"
+            yield Problem(f"precision.{field}", str(count), rule, f"precision.{field}=0, or fp8_tensorwise")
+        elif count > per_stage:
+            rule = f"they lie in one pipeline stage, of {per_stage} layers"
+            yield Problem(f"precision.{field}", str(count), rule, f"at most {per_stage}, or precision=bf16")
 
 
 def check_fp8_device(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:

@@ -102,8 +102,13 @@ CONFIGS = [
     (["precision.fp8_format=e4m3"], "precision.fp8_format", ["precision.fp8 is null"]),
     (
         ["run=phi4", "precision=fp8_tensorwise", "precision.num_layers_at_end_in_bf16=40"],
+        "precision.num_layers_at_end_in_bf16",
+        ["40", "they lie in one pipeline stage, of 20 layers"],
+    ),
+    (
+        ["run=phi4", "precision=fp8_delayed", "precision.num_layers_at_start_in_bf16=1"],
         "precision.num_layers_at_start_in_bf16",
-        ["the model has 40 layers"],
+        ["delayed scaling keeps no layers in bf16"],
     ),
     (["run=phi4", "precision=fp8_delayed", "model.ffn_hidden_size=17944"], "precision.fp8", ["multiples of 16", "8972"]),
     (["run=phi4", "precision=fp8_blockwise", "model.ffn_hidden_size=17952"], "precision.fp8", ["multiples of 128", "8976"]),
