@@ -23,7 +23,7 @@ def check_fp8_fields(stage: StageConfig, *, config: RunConfig) -> Iterator[Probl
 
 
 def check_bf16_layers(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
-    """Layers that stay in bf16 lie in the first and the last pipeline stage; delayed scaling has none (megatron-core 0.16.1)."""
+    """Layers kept in bf16 lie in the first and the last pipeline stage; delayed scaling has none (megatron-core 0.16.1)."""
     per_stage = config.model.num_layers // stage.layout.pp
     for field in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
         count = getattr(stage.precision, field)
