@@ -71,15 +71,17 @@ def check_tokenizer(config: RunConfig, *, manifests: Mapping[str, Manifest]) -> 
 
 
 def check_vocabulary(config: RunConfig, *, manifests: Mapping[str, Manifest]) -> list[Problem]:
-    """Token ids beyond the padded vocabulary would index past the embedding table."""
-    padded = config.model.padded_vocab_size
-    sizes = {name: manifest.tokenizer.vocab_size for name, manifest in manifests.items()}
-    larger = [name for name, size in sizes.items() if size > padded]
-    if not larger:
-        return []
-    size = max(sizes.values())
-    rule = f"the padded vocabulary must hold the tokenizer's {size}, which made {', '.join(larger)}"
-    return [Problem("model.padded_vocab_size", str(padded), rule, f"model.padded_vocab_size={-(-size // 128) * 128}")]
+    """Token ids beyond the padded vocabulary would index past the embedding table; beyond the vocabulary they would be taken
+    for padding by whoever reads the config."""
+    size = max((manifest.tokenizer.vocab_size for manifest in manifests.values()), default=0)
+    rule = f"it must hold the {size} tokens of the tokenizer that made the data"
+    problems = []
+    if size > config.model.vocab_size:
+        problems.append(Problem("model.vocab_size", str(config.model.vocab_size), rule, f"model.vocab_size={size}"))
+    if size > config.model.padded_vocab_size:
+        fix = f"model.padded_vocab_size={-(-size // 128) * 128}"
+        problems.append(Problem("model.padded_vocab_size", str(config.model.padded_vocab_size), rule, fix))
+    return problems
 
 
 def check_windows(config: RunConfig, *, manifests: Mapping[str, Manifest]) -> Iterator[tuple[str | None, Problem]]:

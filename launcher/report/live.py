@@ -1,6 +1,6 @@
 """What a person sees while a run trains: a live panel on a terminal, plain lines elsewhere. It only reads the run's files."""
 
-import json
+import contextlib
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -19,6 +19,7 @@ from launcher.plan.stage import plan_stage
 from launcher.report.format import MISSING, format_count, format_duration, format_number, format_percent
 from launcher.report.progress import STARTING, Progress, RecordTail, progress_line, validation_line
 from launcher.rundir.paths import RunDir
+from launcher.rundir.records import parse_status
 
 PLAIN_INTERVAL_S = 5.0
 
@@ -59,11 +60,17 @@ class LiveView:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.refresh(final=True)
-        if self._live:
-            self._live.stop()
+        with contextlib.suppress(OSError, SystemExit):
+            if self._live:
+                self._live.stop()
 
     def refresh(self, *, final: bool = False) -> None:
-        """Reads what is new and shows it; `final` prints the last line, due or not."""
+        """Reads what is new and shows it; `final` prints the last line, due or not. Where nobody looks any more (`| head`) the
+        view goes silent: training must not end with its view."""
+        with contextlib.suppress(OSError, SystemExit):  # rich makes a closed pipe a SystemExit
+            self._show(final=final)
+
+    def _show(self, *, final: bool) -> None:
         self._read_status(final=final)
         for row in self._tail.new_rows():
             self._progress.take(row)
@@ -76,7 +83,8 @@ class LiveView:
 
     def note(self, text: str) -> None:
         """A message of the executor, above the panel or as a line of its own."""
-        self._print(text)
+        with contextlib.suppress(OSError, SystemExit):
+            self._print(text)
 
     def _status_text(self) -> str:
         return self._run.status.read_text() if self._run.status.exists() else "{}"
@@ -84,7 +92,7 @@ class LiveView:
     def _read_status(self, *, final: bool) -> None:
         """The file is of the past until the ranks write it: at a launch, and between two stages. At the end it is the truth."""
         text = self._status_text()
-        status = json.loads(text)
+        status = parse_status(text)
         stages = self._config.stage_names
         if text == self._stale_status and not final:
             status["state"] = "starting"

@@ -9,11 +9,12 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from launcher.config.check import check_run
-from launcher.config.errors import ConfigError
+from launcher.config.errors import ConfigError, Problem
 from launcher.config.schema import SCHEMA_VERSION, RunConfig, StageConfig
-from launcher.config.validate import dump_run, validate_run
+from launcher.config.validate import dump_run, shown, validate_run
 from launcher.plan.document import plan_document
 from launcher.rundir.amend import Changes, compare, describe_refusal
+from launcher.rundir.checkpoints import newest_checkpoint
 from launcher.rundir.code import code_version
 from launcher.rundir.exits import RunStateError
 from launcher.rundir.lock import lock_run
@@ -26,18 +27,19 @@ STAGE_TOKENS = re.compile(r"stages\.[^.]+\.stage\.tokens$")
 HEADER = "# Frozen by phidias {version}. Ranks read this file; change it by overrides to `phidias train`, not by hand.\n"
 
 
-def open_run(config: RunConfig) -> RunDir:
+def open_run(config: RunConfig, *, on_change: Callable[[str], None] = lambda line: None) -> RunDir:
     """The run's directory, created or opened again, with `config` frozen in it.
 
-    Stages that it does not hold yet are added; what may change (layout, cluster, batch, tokens, ...) is amended and recorded.
+    Stages that it does not hold yet are added; what may change (layout, cluster, batch, tokens, ...) is amended and
+    recorded, and `on_change` is told each change.
     RunStateError where the directory is another run's, is live, or differs in what a run is; ConfigError where the stages
     together break a rule that each one keeps."""
     run = RunDir(Path(config.run.runs_dir) / config.run.name)
     refuse_foreign(run)
-    run.root.mkdir(parents=True, exist_ok=True)
+    make_folder(run, runs_dir=config.run.runs_dir)
     with lock_run(run):
         if run.config.exists():
-            _reopen(run, config=config)
+            _reopen(run, config=config, on_change=on_change)
         else:
             _write(run, config=config)
             append_record(run.events, "created", stages=list(config.stage_names))
@@ -85,17 +87,28 @@ def refuse_foreign(run: RunDir) -> None:
         raise RunStateError(f"{found}: it is not a run. Fix: another run.name, or move these files away")
 
 
-def _reopen(run: RunDir, *, config: RunConfig) -> None:
+def make_folder(run: RunDir, *, runs_dir: str) -> None:
+    try:
+        run.root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        found, rule = f"{runs_dir} ({error.strerror})", f"the run's directory {run.root} must be made there"
+        raise ConfigError(Problem("run.runs_dir", found, rule, "a folder that you may write to")) from error
+
+
+def _reopen(run: RunDir, *, config: RunConfig, on_change: Callable[[str], None]) -> None:
     frozen = read_config(run)
     changes = compare(frozen, config=config)
     if changes.refused:
         raise RunStateError(describe_refusal(run, refused=changes.refused))
     refuse_moved_end(run, frozen=frozen, changes=changes)
+    refuse_unreading(run, config=config)
     merged = merge(frozen, config=config)
     if merged != frozen:
         check_run(merged)
         _write(run, config=merged)
         _record(run, changes=changes)
+        for path, old, new in changes.amended:
+            on_change(f"amended: {path} {shown(old)} -> {shown(new)}")
 
 
 def merge(frozen: RunConfig, *, config: RunConfig) -> RunConfig:
@@ -114,7 +127,20 @@ def refuse_moved_end(run: RunDir, *, frozen: RunConfig, changes: Changes) -> Non
             old, new = moved[parent]
             found = f"{run.root}: stages.{parent}.stage.tokens is {old:g}, asked for {new:g}"
             rule = f"stage {child.stage.name} has started from its end"
-            raise RunStateError(f"{found}; {rule}. Fix: name the stage to change (stage=...), or use another run.name")
+            raise RunStateError(f"{found}; {rule}. Fix: leave stages.{parent}.stage.tokens, or use another run.name")
+
+
+def refuse_unreading(run: RunDir, *, config: RunConfig) -> None:
+    """What a stage has read cannot be taken back: reports and exposure would say less than what was trained. Its last batch may
+    have run past the horizon."""
+    for stage in config.stages:
+        saved, _ = newest_checkpoint(run, stage.stage.name)
+        batch_tokens = stage.stage.global_batch_size * stage.stage.seq_length
+        if saved and saved.meta.tokens >= stage.stage.tokens + batch_tokens:
+            found = (
+                f"{run.root}: stage {stage.stage.name} has read {saved.meta.tokens} tokens, asked for {stage.stage.tokens:g}"
+            )
+            raise RunStateError(f"{found}; a stage does not shrink below what it read. Fix: more tokens, or another run.name")
 
 
 def _write(run: RunDir, *, config: RunConfig) -> None:

@@ -32,7 +32,7 @@ def lock_run(run: RunDir) -> Iterator[int]:
 def describe_holder(run: RunDir) -> str:
     holder = run.lock.read_text().strip() or "an unknown process"
     found = f"run {run.name} is live ({holder}); one launcher works on a run at a time"
-    return f"{found}. Fix: wait for it, stop it with Ctrl-C, or use another run.name"
+    return f"{found}. Fix: wait for it, `touch {run.stop_flag}` to have its ranks save and end, or use another run.name"
 
 
 def is_live(run: RunDir) -> bool:

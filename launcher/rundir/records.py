@@ -73,3 +73,12 @@ def replace_folder(new: Path, /, final: Path) -> None:
         final.rename(old)
     new.rename(final)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def parse_status(text: str) -> dict[str, Any]:
+    """The content of status.json; empty where it was torn or edited by hand: one broken file must not hide the rest."""
+    try:
+        status = json.loads(text)
+    except ValueError:
+        return {}
+    return status if isinstance(status, dict) else {}

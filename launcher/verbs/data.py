@@ -25,7 +25,7 @@ OPTIONS = {"dry": ("true", "false"), "action": ("verify", "import")}
 def act(request: Request) -> int:
     actions: dict[str | None, Callable[..., int]] = {"verify": verify, "import": import_megatron, None: prepare}
     action = list_only if request.options.get("dry") == "true" else actions[request.options.get("action")]
-    return action(request.config, console=Console(highlight=False))
+    return action(request.config, console=Console(highlight=False, markup=False))  # file names may hold [brackets]
 
 
 def sources_of(config: RunConfig) -> dict[str, Source]:

@@ -8,12 +8,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from launcher.plan.page import UNKNOWN, short
 from launcher.rundir.exits import ExitClass
 from launcher.rundir.lock import is_live
 from launcher.rundir.paths import RunDir
-from launcher.rundir.records import read_json, read_records
+from launcher.rundir.records import parse_status, read_records
 from launcher.verbs.request import read_run_words, take_options
 from launcher.verbs.runs import RUNS_DIR, find_run, list_runs
 
@@ -29,25 +30,30 @@ def run(words: Sequence[str]) -> int:
     if shown_as:
         print(json.dumps(rows, indent=1))
     else:
-        Console(highlight=False).print(status_table(rows) if rows else f"no runs in {runs_dir}")
+        console = Console(highlight=False, markup=False)  # a fault may hold [brackets]
+        console.print(status_table(rows) if rows else f"no runs in {runs_dir}")
+        for row in rows:
+            if row["last_fault"]:
+                console.print(f"{row['name']}: {row['last_fault'].splitlines()[0]}", soft_wrap=True)
     return ExitClass.DONE
 
 
 def status_row(run: RunDir) -> dict[str, Any]:
     """One run. `goodput` and `jobs` belong to executors that keep them; a local run has none."""
-    status = read_json(run.status) if run.status.exists() else {}
+    status = parse_status(run.status.read_text()) if run.status.exists() else {}
     events = list(read_records(run.events))
-    faults = [event for event in events if event["kind"] == "fault"]
     row: dict[str, Any] = {"name": run.name, **{key: status.get(key) for key in FROM_STATUS}}
     row["state"] = state_of(status, live=is_live(run))
-    launches = sum(event["kind"] == "start" for event in events)
-    row |= {
-        "goodput": None,
-        "restarts": max(0, launches - 1),
-        "last_fault": faults[-1]["error"] if faults else None,
-        "jobs": [],
-    }
-    return row
+    restarts = sum(event["kind"] == "resume" for event in events)
+    return row | {"goodput": None, "restarts": restarts, "last_fault": open_fault(events), "jobs": []}
+
+
+def open_fault(events: Sequence[dict[str, Any]]) -> str | None:
+    """The last fault, unless a stage went on or ended well after it."""
+    last = next(
+        (event for event in reversed(events) if event["kind"] in ("fault", "resume", "stage_start", "stage_done")), None
+    )
+    return str(last["error"]) if last and last["kind"] == "fault" else None
 
 
 def state_of(status: dict[str, Any], *, live: bool) -> str:
@@ -62,11 +68,9 @@ def status_table(rows: Sequence[dict[str, Any]]) -> Table:
         table.add_column(column, no_wrap=True)
     for column in ("step", "tokens", "loss", "tokens/s", "left", "restarts"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("last fault", ratio=1)
     for row in rows:
         loss = UNKNOWN if row["loss"] is None else f"{row['loss']:.3f}"
         left = UNKNOWN if row["eta_s"] is None or row["state"] != "running" else f"{row['eta_s']:,.0f} s"
         numbers = [short(row["step"]), short(row["tokens"]), loss, short(row["tokens_per_s"]), left, str(row["restarts"])]
-        fault = (row["last_fault"] or UNKNOWN).splitlines()[0]
-        table.add_row(row["name"], row["state"], row["stage"] or UNKNOWN, *numbers, fault)
+        table.add_row(Text(row["name"]), row["state"], row["stage"] or UNKNOWN, *numbers)
     return table

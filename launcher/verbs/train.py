@@ -19,7 +19,7 @@ def act(request: Request) -> int:
     refuse_slurm(config)
     check_data_ready(config)
     refuse_headless(RunDir(Path(config.run.runs_dir) / config.run.name), config)
-    return train(open_run(config), config)
+    return train(open_run(config, on_change=print), config)
 
 
 def refuse_slurm(config: RunConfig) -> None:

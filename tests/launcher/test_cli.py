@@ -290,7 +290,7 @@ def test_train_reports_all_that_is_wrong_with_the_data(corpus, phidias, trained)
     for part in (
         "mixture.sources.prose: found no data",
         "mixture.sources.code: found data made by a tokenizer with fingerprint",
-        "model.padded_vocab_size: found 128; the padded vocabulary must hold the tokenizer's",
+        "model.padded_vocab_size: found 128; it must hold the",
         "one window at stage.seq_length 65536 takes 65537",
         "epochs by the end of it",
     ):
@@ -307,13 +307,14 @@ def test_status_and_report_read_the_run_directory(corpus, phidias, trained):
     assert phidias("train", *FITS)[0] == 0
     run = RunDir(Path("runs/demo"))
     append_record(run.events, "start")
-    append_record(run.events, "fault", stage="demo_pretrain", rank=0, exit="RETRYABLE", error="a cable")
+    append_record(run.events, "resume", stage="demo_pretrain", step=2)
+    append_record(run.events, "fault", stage="demo_pretrain", rank=0, exit="RETRYABLE", error="a cable [/x:1]")
     append_record(run.events, "start")
     write_json(run.status, {"stage": "demo_pretrain", "state": "running", "step": 3, "tokens": 12288, "loss": 2.5})
     code, out, _ = phidias("status", "out=json")
     (row,) = json.loads(out)
     assert code == 0 and (row["name"], row["state"], row["step"], row["restarts"]) == ("demo", "died", 3, 1)
-    assert row["last_fault"] == "a cable" and row["goodput"] is None
+    assert row["last_fault"] == "a cable [/x:1]" and row["goodput"] is None
     assert "demo" in phidias("status", "demo")[1]
     code, _, err = phidias("status", "dmo")
     assert code == 3 and "did you mean demo?" in err

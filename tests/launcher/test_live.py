@@ -177,3 +177,19 @@ def test_tail_begins_near_the_end_of_a_long_file(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"n": n}) + "\n" for n in range(1000)))
     assert [row["n"] for row in RecordTail(path, backlog_bytes=25).new_rows()] == [998, 999]
+
+
+def test_a_closed_pipe_silences_the_view_and_nothing_else(tmp_path: Path) -> None:
+    """`phidias train | head`: rich makes it a SystemExit, which would end the executor and orphan the ranks."""
+
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    config = run_config(tmp_path)
+    run = RunDir(tmp_path / "runs" / "tiny")
+    run.root.mkdir(parents=True)
+    run.status.write_text("{torn")
+    with LiveView(run, config, "plain", console=Console(file=Closed())) as view:
+        view.note("a line")
+        view.refresh()

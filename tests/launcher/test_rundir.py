@@ -12,12 +12,13 @@ import yaml
 from launcher.config.compose import compose_run
 from launcher.config.errors import ConfigError
 from launcher.rundir import freeze
+from launcher.rundir.checkpoints import FORMAT_VERSION, Meta
 from launcher.rundir.code import code_version
 from launcher.rundir.exits import RunStateError
 from launcher.rundir.freeze import open_run, read_config
 from launcher.rundir.lock import is_live, lock_run
 from launcher.rundir.paths import RunDir
-from launcher.rundir.records import read_json, read_records
+from launcher.rundir.records import append_record, read_json, read_records, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -252,3 +253,38 @@ def test_a_child_that_inherits_the_lock_keeps_it(demo):
         child.wait()
     time.sleep(0.05)
     assert not is_live(run)
+
+
+def test_amendments_are_told(demo):
+    open_run(demo("stage=demo_pretrain"))
+    told = []
+    open_run(demo("stage=demo_pretrain", "stage.tokens=3e6"), on_change=told.append)
+    assert told == ["amended: stages.demo_pretrain.stage.tokens 2500000.0 -> 3000000.0"]
+
+
+def test_a_stage_does_not_shrink_below_what_it_read(demo):
+    run = open_run(demo("stage=demo_pretrain"))
+    write_checkpoint(run, "demo_pretrain", tokens=2_000_000)
+    open_run(demo("stage=demo_pretrain", "stage.tokens=2e6"))
+    with pytest.raises(RunStateError, match="has read 2000000 tokens, asked for 1e\\+06"):
+        open_run(demo("stage=demo_pretrain", "stage.tokens=1e6"))
+
+
+def test_the_end_another_stage_started_from_stays(demo):
+    run = open_run(demo())
+    write_checkpoint(run, "demo_midtrain", tokens=4096)
+    with pytest.raises(RunStateError, match="stage demo_midtrain has started from its end"):
+        open_run(demo("stage=demo_pretrain", "stage.tokens=3e6"))
+
+
+def test_a_folder_that_cannot_be_made_is_a_config_error(demo):
+    with pytest.raises(ConfigError, match=r"run\.runs_dir: found /proc/nowhere \("):
+        open_run(demo("run.runs_dir=/proc/nowhere"))
+
+
+def write_checkpoint(run, stage, *, tokens):
+    path = run.checkpoints(stage) / "step_00000001"
+    path.mkdir(parents=True)
+    meta = Meta(FORMAT_VERSION, stage, 1, tokens // 128, tokens, False, {}, {}, {}, {}, {})
+    write_json(path / "meta.json", vars(meta))
+    append_record(run.checkpoints(stage) / "index.jsonl", "checkpoint", path=path.name, finished=False)
