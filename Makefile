@@ -41,6 +41,7 @@ check: setup
 bench: setup
 	$(BIN)/python -m benchmarks.cli
 	$(BIN)/python -m benchmarks.layouts
+	$(BIN)/python -m benchmarks.demo
 
 clean:
 	rm -rf $(VENV)

@@ -18,6 +18,7 @@ FIXES = {
     "float": "set {path} to a number",
     "bool": "set {path} to true or false",
     "string": "set {path} to text; quote it where it looks like a number: {path}=\"'2024'\"",
+    "string_pattern_mismatch": "use letters, digits, '_', '.' and '-', a letter or digit first",
     "literal": "set {path} to one of these",
     "tuple": "set {path} to a list: {path}=[a,b]",
     "dataclass": "{path} is a section: set its keys one by one",
@@ -106,7 +107,7 @@ def _problem(item: Any) -> Problem:
         path,
         shown(item["input"]),
         rule,
-        FIXES.get(item["type"].partition("_")[0], "set {path} as the rule says").format(path=path),
+        FIXES.get(item["type"], FIXES.get(item["type"].partition("_")[0], "set {path} as the rule says")).format(path=path),
     )
 
 

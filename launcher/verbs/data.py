@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.build import list_inputs, prepare_sources
+from data_prep.errors import DataError
 from data_prep.manifest import Manifest, import_shards, verify_source
 from data_prep.spec import Source
 from data_prep.tokenizers import build_tokenizer, tokenizer_entry
@@ -64,12 +65,20 @@ def list_only(config: RunConfig, *, console: Console) -> int:
 
 
 def verify(config: RunConfig, *, console: Console) -> int:
-    findings = {name: verify_source(Path(config.run.data_dir) / name) for name in sources_of(config)}
+    findings = {name: findings_of(Path(config.run.data_dir) / name) for name in sources_of(config)}
     for name, lines in findings.items():
         console.print(f"{name}: {'shards agree with the manifest' if not lines else f'{len(lines)} findings'}")
         for line in lines:
             console.print(f"  {line}")
     return ExitClass.STATE if any(findings.values()) else ExitClass.DONE
+
+
+def findings_of(directory: Path) -> list[str]:
+    """What is wrong with one source; that it is not there does not keep the others from being checked."""
+    try:
+        return verify_source(directory)
+    except DataError as error:
+        return [str(error)]
 
 
 def import_megatron(config: RunConfig, *, console: Console) -> int:

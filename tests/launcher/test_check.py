@@ -99,6 +99,7 @@ CONFIGS = [
     (["run=phi4", "precision=fp8_delayed", "precision.params_dtype=fp32"], "precision.params_dtype", ["bf16"]),
     (["run=phi4", "precision=fp8_delayed", "precision.fp8_format=null"], "precision.fp8_format", ["e4m3 or hybrid"]),
     (["precision.fp8_param_gather=true"], "precision.fp8_param_gather", ["precision.fp8 is null"]),
+    (["run.name=../x"], "run.name", ["letters, digits"]),
     (["precision.fp8_format=e4m3"], "precision.fp8_format", ["precision.fp8 is null"]),
     (
         ["run=phi4", "precision=fp8_tensorwise", "precision.num_layers_at_end_in_bf16=40"],

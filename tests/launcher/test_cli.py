@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -235,6 +236,9 @@ def test_data_prepares_every_source_and_says_what_came_of_it(corpus, phidias):
     shard.write_bytes(bytes(len(shard.read_bytes())))
     code, out, _ = phidias("data", "action=verify", *SMALL)
     assert code == 3 and "code: 1 findings" in out
+    shutil.rmtree("runs/demo_data/prose")
+    code, out, _ = phidias("data", "action=verify", *SMALL)
+    assert code == 3 and "no data for source 'prose'" in out and "code: 1 findings" in out
 
 
 def test_data_dry_writes_nothing(phidias):

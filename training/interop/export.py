@@ -124,7 +124,9 @@ def write_json_file(path: Path, fields: dict[str, object]) -> None:
 def generate(directory: Path, prompt: str, *, num_tokens: int = 60) -> str:
     """A sample from the exported folder through transformers: the proof that it loads, and something to look at."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     inputs = tokenizer(prompt, return_tensors="pt")
