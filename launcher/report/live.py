@@ -24,6 +24,12 @@ from launcher.rundir.records import parse_status
 PLAIN_INTERVAL_S = 5.0
 
 
+def harmless() -> contextlib.suppress:
+    """Training must not end with its view: not where nobody looks any more (`| head`, which rich makes a SystemExit), nor where
+    a file of the run is not what the view expects. The next refresh tries again."""
+    return contextlib.suppress(Exception, SystemExit)
+
+
 class LiveView:
     """The view `phidias train` shows. Call `refresh` a few times a second; it reads what is new and redraws."""
 
@@ -50,24 +56,24 @@ class LiveView:
         self._live = Live(console=self._console, auto_refresh=False, transient=False) if is_rich else None
 
     def __enter__(self) -> Self:
-        # Rows of an earlier launch are where this one goes on from, not news.
-        for row in self._tail.new_rows():
-            self._progress.take(row)
-        if self._live:
-            self._live.start()
+        with harmless():
+            # Rows of an earlier launch are where this one goes on from, not news.
+            for row in self._tail.new_rows():
+                self._progress.take(row)
+            if self._live:
+                self._live.start()
         self.refresh()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.refresh(final=True)
-        with contextlib.suppress(OSError, SystemExit):
+        with harmless():
             if self._live:
                 self._live.stop()
 
     def refresh(self, *, final: bool = False) -> None:
-        """Reads what is new and shows it; `final` prints the last line, due or not. Where nobody looks any more (`| head`) the
-        view goes silent: training must not end with its view."""
-        with contextlib.suppress(OSError, SystemExit):  # rich makes a closed pipe a SystemExit
+        """Reads what is new and shows it; `final` prints the last line, due or not."""
+        with harmless():
             self._show(final=final)
 
     def _show(self, *, final: bool) -> None:
@@ -83,11 +89,11 @@ class LiveView:
 
     def note(self, text: str) -> None:
         """A message of the executor, above the panel or as a line of its own."""
-        with contextlib.suppress(OSError, SystemExit):
+        with harmless():
             self._print(text)
 
     def _status_text(self) -> str:
-        return self._run.status.read_text() if self._run.status.exists() else "{}"
+        return self._run.status.read_text(errors="replace") if self._run.status.exists() else "{}"
 
     def _read_status(self, *, final: bool) -> None:
         """The file is of the past until the ranks write it: at a launch, and between two stages. At the end it is the truth."""

@@ -90,8 +90,9 @@ def refuse_foreign(run: RunDir) -> None:
 def make_folder(run: RunDir, *, runs_dir: str) -> None:
     try:
         run.root.mkdir(parents=True, exist_ok=True)
+        run.lock.touch()  # a folder that is there and read-only is found out too
     except OSError as error:
-        found, rule = f"{runs_dir} ({error.strerror})", f"the run's directory {run.root} must be made there"
+        found, rule = f"{runs_dir} ({error.strerror})", f"the run's directory {run.root} is made and written there"
         raise ConfigError(Problem("run.runs_dir", found, rule, "a folder that you may write to")) from error
 
 

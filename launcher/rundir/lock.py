@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -31,8 +32,26 @@ def lock_run(run: RunDir) -> Iterator[int]:
 
 def describe_holder(run: RunDir) -> str:
     holder = run.lock.read_text().strip() or "an unknown process"
+    if launcher_died(holder):
+        found = f"run {run.name} is live ({holder}): its launcher died, its ranks still train"
+        return f"{found}; one launcher works on a run at a time. Fix: `touch {run.stop_flag}` makes them save and end"
     found = f"run {run.name} is live ({holder}); one launcher works on a run at a time"
     return f"{found}. Fix: wait for it, `touch {run.stop_flag}` to have its ranks save and end, or use another run.name"
+
+
+def launcher_died(holder: str) -> bool:
+    """Whether the process that wrote the lock is gone: then the lock is held by ranks that inherited it. Another host's processes
+    cannot be seen from here."""
+    written = re.match(r"pid (\d+) on (\S+) since", holder)
+    if written is None or written[2] != socket.gethostname():
+        return False
+    try:
+        os.kill(int(written[1]), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # it lives, as another user's
+        return False
+    return False
 
 
 def is_live(run: RunDir) -> bool:

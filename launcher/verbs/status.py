@@ -4,12 +4,14 @@ Keys: runs_dir=runs  out=json"""
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from launcher.config.errors import ConfigError, Problem
 from launcher.plan.page import UNKNOWN, short
 from launcher.rundir.exits import ExitClass
 from launcher.rundir.lock import is_live
@@ -25,6 +27,8 @@ def run(words: Sequence[str]) -> int:
     words, shown_as = take_options(words, allowed={"out": ("json",)})
     names, options = read_run_words(words, keys=("runs_dir",))
     runs_dir = options.get("runs_dir", RUNS_DIR)
+    if "runs_dir" in options and not Path(runs_dir).is_dir():
+        raise ConfigError(Problem("runs_dir", repr(runs_dir), "there is no such folder", "the run.runs_dir of the runs"))
     runs = [find_run(name, runs_dir=runs_dir) for name in names] if names else list_runs(runs_dir)
     rows = [status_row(found) for found in runs]
     if shown_as:
@@ -40,7 +44,7 @@ def run(words: Sequence[str]) -> int:
 
 def status_row(run: RunDir) -> dict[str, Any]:
     """One run. `goodput` and `jobs` belong to executors that keep them; a local run has none."""
-    status = parse_status(run.status.read_text()) if run.status.exists() else {}
+    status = parse_status(run.status.read_text(errors="replace")) if run.status.exists() else {}
     events = list(read_records(run.events))
     row: dict[str, Any] = {"name": run.name, **{key: status.get(key) for key in FROM_STATUS}}
     row["state"] = state_of(status, live=is_live(run))
