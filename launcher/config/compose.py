@@ -45,11 +45,22 @@ def compose_run(overrides: Sequence[str], *, config_dir: str | None = None, base
     with hydra_session(config_dir) as searchpath:
         words = [*searchpath, *overrides]
         try:
-            tree = compose_tree(words, base=base)
+            tree, bare = compose_tree(words, base=base)
         except COMPOSITION_ERRORS as error:
             raise explain(error, overrides=words) from error
-    config = validate_run(tree)
+    config = validate_with(tree, bare=bare)
     check_run(config)
+    return config
+
+
+def validate_with(tree: Tree, *, bare: Sequence[Problem]) -> RunConfig:
+    """The typed config; ConfigError with the problems of `bare` overrides and those of types together."""
+    try:
+        config = validate_run(tree)
+    except ConfigError as error:
+        raise ConfigError(*bare, *error.problems) from None
+    if bare:
+        raise ConfigError(*bare)
     return config
 
 
@@ -63,16 +74,18 @@ def hydra_session(config_dir: str | None) -> Iterator[list[str]]:
         yield [] if config_dir is None else [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
 
 
-def compose_tree(overrides: Sequence[str], *, base: DictConfig | None = None) -> Tree:
-    """The plain, resolved tree of the selected stages, not validated yet."""
+def compose_tree(overrides: Sequence[str], *, base: DictConfig | None = None) -> tuple[Tree, list[Problem]]:
+    """The plain, resolved tree of the selected stages, not validated yet, and a problem for each bare override."""
     base = compose("config", list(overrides)) if base is None else base
     selected = select_stages(overrides, base=base)
-    common = [word for word in overrides if override_key(word) != "stage"]
+    bare = bare_overrides(overrides) if len(selected) > 1 else []
+    # The other stages are composed without the bare ones: their mixture may not hold the source that one names.
+    common = [word for word in overrides if override_key(word) != "stage" and word not in bare]
     trees = {}
     for name in selected:
         composed = base if OmegaConf.select(base, "stage.name") == name else compose("config", [*common, f"stage={name}"])
         trees[name] = resolve(composed)
-    return merge_stages(trees)
+    return merge_stages(trees), [bare_problem(word, selected=selected) for word in bare]
 
 
 def override_key(word: str) -> str:
@@ -87,10 +100,7 @@ def select_stages(overrides: Sequence[str], *, base: DictConfig) -> list[str]:
     unknown = [name for name in chosen if name not in known]
     if unknown:
         raise ConfigError(stage_not_in_run(unknown[0], base=base))
-    selected = chosen or known
-    if len(selected) > 1:
-        refuse_bare_overrides(overrides, selected=selected)
-    return selected
+    return chosen or known
 
 
 def stages_of_run(base: DictConfig) -> list[str]:
@@ -104,13 +114,15 @@ def stage_not_in_run(name: str, *, base: DictConfig) -> Problem:
     return Problem("stage", repr(name), rule, f"{' or '.join(f'stage={name}' for name in known)}, or name it in run.stages")
 
 
-def refuse_bare_overrides(overrides: Sequence[str], *, selected: Sequence[str]) -> None:
-    """Refuses to give several stages one layout field, optimizer or mixture by a word that was meant for one."""
+def bare_overrides(overrides: Sequence[str]) -> list[str]:
+    """Words that would give several stages one layout field, optimizer or mixture that was meant for one."""
+    return [word for word in overrides if BELONGS_TO_A_STAGE.match(override_key(word))]
+
+
+def bare_problem(word: str, *, selected: Sequence[str]) -> Problem:
     names = " or ".join(f"stage={name}" for name in selected)
     rule = f"it belongs to one stage and {len(selected)} are selected"
-    bare = [word for word in overrides if BELONGS_TO_A_STAGE.match(override_key(word))]
-    if bare:
-        raise ConfigError(*(Problem(override_key(word), f"the override {word!r}", rule, f"add {names}") for word in bare))
+    return Problem(override_key(word), f"the override {word!r}", rule, f"add {names}")
 
 
 def resolve(tree: DictConfig) -> Tree:

@@ -40,7 +40,7 @@ def describe_holder(run: RunDir) -> str:
 
 
 def launcher_died(holder: str) -> bool:
-    """Whether the process that wrote the lock is gone: then the lock is held by ranks that inherited it. Another host's processes
+    """Whether the process that wrote the lock is gone: then ranks that inherited the lock hold it. Processes of another host
     cannot be seen from here."""
     written = re.match(r"pid (\d+) on (\S+) since", holder)
     if written is None or written[2] != socket.gethostname():

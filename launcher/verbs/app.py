@@ -1,10 +1,11 @@
 """Config verbs as Hydra apps: every Hydra flag works, and what comes out is one checked RunConfig a job."""
 
+import difflib
 import gc
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from typing import Any
@@ -15,19 +16,24 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from launcher.config.compose import COMPOSITION_ERRORS, CONFIG_DIR, compose_run, hydra_session
-from launcher.config.errors import ConfigError
+from launcher.config.compose import COMPOSITION_ERRORS, CONFIG_DIR, PER_STAGE, SHARED, compose_run, hydra_session
+from launcher.config.errors import ConfigError, Problem
 from launcher.config.schema import RunConfig
+from launcher.verbs import VERBS
 from launcher.verbs.guard import guard
 from launcher.verbs.request import Request, take_options
 
 HASH_CHARACTERS = 6
+SECTIONS = {*SHARED, *PER_STAGE, "hydra"}
+# Written down: importing every verb to ask it would take longer than the verb itself.
+OPTION_OWNERS = {"out": ("plan", "exposure"), "dry": ("data",), "action": ("data",)}
 
 
 def run_config_verb(verb: str, *, words: Sequence[str]) -> int:
     """Runs the verb on the config the words describe, or on each config of a sweep; the highest exit code of all."""
     module = importlib.import_module(f"launcher.verbs.{verb}")
     words, options = take_options(words, allowed=module.OPTIONS)
+    refuse_other_options(words, verb=verb, allowed=module.OPTIONS)
     codes: list[int] = []
 
     def task(base: DictConfig) -> None:
@@ -40,11 +46,28 @@ def run_config_verb(verb: str, *, words: Sequence[str]) -> int:
     return max(codes, default=0)
 
 
+def refuse_other_options(words: Sequence[str], *, verb: str, allowed: Mapping[str, Sequence[str]]) -> None:
+    """Refuses options of other verbs and misspelt ones of this verb, of which Hydra would say that the config has no such key.
+    Anything else is Hydra's to judge."""
+    rule = f"{verb} takes {''.join(f'{key}=, ' for key in allowed)}flags and overrides of keys that the config has"
+    problems = []
+    for key in [word.partition("=")[0] for word in words if "=" in word]:
+        close = difflib.get_close_matches(key, [*SECTIONS, *allowed], n=1)
+        if key in OPTION_OWNERS:
+            owners = " and ".join(OPTION_OWNERS[key])
+            problems.append(Problem(key, f"an option of {owners}", rule, "leave it out"))
+        elif "." not in key and close and close[0] in allowed:
+            problems.append(Problem(key, "an option this verb does not have", rule, f"did you mean {close[0]}=?"))
+    if problems:
+        raise ConfigError(*problems)
+
+
 def call_hydra(task: Any, *, verb: str, words: Sequence[str]) -> None:
     """Hydra reads sys.argv, ends the process on --help and the like, and would end it with 1 on an error: HYDRA_FULL_ERROR
     makes it raise instead."""
     before = os.environ.get("HYDRA_FULL_ERROR"), sys.argv
-    os.environ |= {"PHIDIAS_VERB": verb, "HYDRA_FULL_ERROR": "1"}
+    usage = f"{verb} {VERBS[verb].usage.removeprefix('[overrides]').strip()}".strip()  # --help adds the overrides to it
+    os.environ |= {"PHIDIAS_VERB": usage, "HYDRA_FULL_ERROR": "1"}
     sys.argv = [f"phidias {verb}", *words]
     try:
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")(task)()

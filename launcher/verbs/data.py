@@ -25,6 +25,9 @@ OPTIONS = {"dry": ("true", "false"), "action": ("verify", "import")}
 
 def act(request: Request) -> int:
     actions: dict[str | None, Callable[..., int]] = {"verify": verify, "import": import_megatron, None: prepare}
+    if request.options.get("dry") == "true" and "action" in request.options:
+        rule = "dry=true lists what would be prepared, an action deals with shards that are there"
+        raise ConfigError(Problem("dry", f"dry=true with action={request.options['action']}", rule, "leave one of them out"))
     action = list_only if request.options.get("dry") == "true" else actions[request.options.get("action")]
     return action(request.config, console=Console(highlight=False, markup=False))  # file names may hold [brackets]
 
@@ -36,6 +39,7 @@ def sources_of(config: RunConfig) -> dict[str, Source]:
 
 def prepare(config: RunConfig, *, console: Console) -> int:
     sources = sources_of(config)
+    refuse_unreadable_tokenizer(config)
     with DataProgress(sources, console=console) as progress:
         manifests = prepare_sources(
             sources,
@@ -50,6 +54,15 @@ def prepare(config: RunConfig, *, console: Console) -> int:
     if problems := check_vocabulary(config, manifests=manifests):
         raise ConfigError(*problems)
     return ExitClass.DONE
+
+
+def refuse_unreadable_tokenizer(config: RunConfig) -> None:
+    """Says once what every source would say. Wrong inputs come first, as where the tokenizer is right."""
+    try:
+        build_tokenizer(config.tokenizer)
+    except DataError:
+        list_inputs(sources_of(config))
+        raise
 
 
 def list_only(config: RunConfig, *, console: Console) -> int:
@@ -69,7 +82,7 @@ def verify(config: RunConfig, *, console: Console) -> int:
     for name, lines in findings.items():
         console.print(f"{name}: {'shards agree with the manifest' if not lines else f'{len(lines)} findings'}")
         for line in lines:
-            console.print(f"  {line}")
+            console.print(f"  {line}", soft_wrap=True)
     return ExitClass.STATE if any(findings.values()) else ExitClass.DONE
 
 

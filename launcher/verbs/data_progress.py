@@ -43,7 +43,8 @@ class DataProgress:
             self._console.print(f"{progress.source}: {figures(progress)} · {state}", soft_wrap=True)
 
     def _open_live(self) -> RichProgress:
-        name, numbers = TextColumn("{task.description}", style="bold", markup=False), TextColumn("{task.fields[figures]}", markup=False)
+        name = TextColumn("{task.description}", style="bold", markup=False)
+        numbers = TextColumn("{task.fields[figures]}", markup=False)
         return RichProgress(SpinnerColumn(finished_text="✓"), name, numbers, TimeElapsedColumn(), console=self._console)
 
 

@@ -73,6 +73,11 @@ def test_every_verb_has_help(phidias, verb):
     assert code == 0 and f"usage: phidias {verb}" in out
 
 
+def test_help_of_a_config_verb_names_its_options(phidias):
+    assert phidias("plan", "-h")[1].startswith("usage: phidias plan [out=json] [group=choice")
+    assert phidias("data", "-h")[1].startswith("usage: phidias data [dry=true] [action=verify|import] [group=choice")
+
+
 def test_help_of_a_config_verb_lists_groups_and_keys(phidias):
     _, out, _ = phidias("plan", "--help")
     assert "model: demo, llama3_8b, phi4_14b, phi_7b" in out and "num_layers: 4" in out
@@ -108,7 +113,11 @@ def test_exposure_out_json(phidias):
         (["plan", "stage=pretrain"], 2, ["run 'demo' has the stages"]),
         (["plan", "layout.tp=2"], 2, ["add stage=demo_pretrain"]),
         (["plan", "out=xml"], 2, ["'xml'", "out=json"]),
-        (["plan", "dry=true"], 2, ["dry: found a key that the config does not have"]),
+        (["plan", "dry=true"], 2, ["dry: found an option of data; plan takes out="]),
+        (["train", "out=json"], 2, ["out: found an option of plan and exposure"]),
+        (["plan", "outt=json"], 2, ["did you mean out=?"]),
+        (["data", "dry=true", "action=verify"], 2, ["dry: found dry=true with action=verify"]),
+        (["status", "runs_dir=/nonexist"], 2, ["runs_dir: found '/nonexist'; there is no such folder"]),
         (["data", "action=verfy"], 2, ["it is one of verify"]),
         (["plan", "model.num_layers=0"], 2, ["greater than 0"]),
         (["plan", "--config-dir", "nowhere"], 2, ["nowhere"]),
@@ -248,6 +257,12 @@ def test_data_dry_writes_nothing(phidias):
     assert not Path("runs/demo_data/prose").exists()
 
 
+def test_data_says_once_that_the_tokenizer_is_not_there(phidias):
+    write_corpus(Path("runs/demo_data"))
+    code, _, err = phidias("data", "tokenizer=cl100k", *SMALL)
+    assert code == 2 and err.count("cannot read tokenizer.ranks_file") == 1 and "sources failed" not in err
+
+
 def test_exposure_counts_what_is_prepared(corpus, phidias):
     _, out, _ = phidias("exposure", "out=json", *SMALL)
     rows = {row["source"]: row for row in json.loads(out)}
@@ -272,6 +287,8 @@ def test_train_freezes_the_config_and_returns_the_executors_exit_class(corpus, p
     assert read_config(run) == config and config.stage_names == ("demo_pretrain",)
     ending[0] = ExitClass.CHECKPOINTED
     assert phidias("train", *FITS)[0] == 10
+    code, out, _ = phidias("train", *FITS, "monitor.log_interval=7")
+    assert code == 10 and "amended: monitor.log_interval " in out and "-> 7\n" in out
     code, _, err = phidias("train", *FITS, "run.seed=3")
     assert code == 3 and "run.seed: the run has 42, asked for 3" in err
 
@@ -305,6 +322,8 @@ def test_data_refuses_a_vocabulary_that_does_not_fit(phidias):
     write_corpus(Path("runs/demo_data"))
     code, _, err = phidias("data", *SMALL, "model.vocab_size=128", "model.padded_vocab_size=128")
     assert code == 2 and "model.padded_vocab_size: found 128" in err
+    code, _, err = phidias("data", *SMALL, "model.vocab_size=128")
+    assert code == 2 and "model.vocab_size: found 128; it must hold the" in err and "padded" not in err
 
 
 def test_status_and_report_read_the_run_directory(corpus, phidias, trained):
@@ -324,6 +343,24 @@ def test_status_and_report_read_the_run_directory(corpus, phidias, trained):
     assert code == 3 and "did you mean demo?" in err
     code, out, _ = phidias("report", "demo")
     assert code == 0 and Path(out.splitlines()[-1].removeprefix("report: ")).exists()
+
+
+def test_status_of_torn_and_faulty_runs(phidias):
+    """A torn file hides no other run, a fault that looks like markup has a line of its own, one that is over is not shown."""
+    runs = [RunDir(Path("runs") / name) for name in ("binary", "torn", "faulty", "mended")]
+    for run in runs:
+        run.root.mkdir(parents=True)
+        run.config.touch()
+    binary, torn, faulty, mended = runs
+    binary.status.write_bytes(b"\xff\xfe")
+    torn.status.write_text("{torn")
+    error = f"[/__w/pytorch/c10.cpp:1] {'a long word ' * 10}\nat line 2"
+    for run in (faulty, mended):
+        append_record(run.events, "fault", stage="a", error=error, exit="RETRYABLE", rank=0)
+    append_record(mended.events, "resume", stage="a", step=1)
+    code, out, _ = phidias("status")
+    assert code == 0 and all(f"\n{name} " in out for name in ("binary", "torn", "mended"))
+    assert f"\nfaulty: {error.splitlines()[0]}\n" in out and "mended: " not in out
 
 
 def test_export_hands_over_to_a_process_with_torch(corpus, phidias, trained, monkeypatch):

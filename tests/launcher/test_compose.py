@@ -202,3 +202,18 @@ def test_a_stage_file_named_otherwise_than_its_stage(tmp_path):
     files = {"stage/misnamed.yaml": (CONFIG_DIR / "stage" / "demo_pretrain.yaml").read_text()}
     found = problems(["run.stages=[misnamed]"], config_dir=write(tmp_path, files))
     assert found[0][0] == "stage.name" and "misnamed" in found[0][1]
+
+
+def test_a_bare_override_hides_no_wrong_type():
+    found = [path for path, _ in problems(["model.num_layers=-1", "model.hidden_size=foo", "run.seed=x", "optim.lr=0.1"])]
+    assert found == ["optim.lr", "run.seed", "model.num_layers", "model.hidden_size"]
+
+
+def test_a_bare_override_of_a_source_of_one_stage_is_told_to_name_it(tmp_path):
+    """The other stage has no such source: composed with the word it would fail as an unknown key."""
+    stage = "# @package _global_\ndefaults: [demo_midtrain, {override /mixture: other}]\nstage: {name: late}\n"
+    mixture = "name: other\nsources: {long: {inputs: [a], format: text, share: 1.0, max_epochs: 1.0}}\n"
+    files = {"stage/late.yaml": stage, "mixture/other.yaml": mixture}
+    words = ["run.stages=[demo_pretrain,late]", "mixture.sources.code.share=0.2"]
+    ((path, text),) = problems(words, config_dir=write(tmp_path, files))
+    assert path == "mixture.sources.code.share" and "add stage=demo_pretrain or stage=late" in text

@@ -3,7 +3,7 @@
 import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from rich.console import Console
@@ -193,3 +193,13 @@ def test_a_closed_pipe_silences_the_view_and_nothing_else(tmp_path: Path) -> Non
     with LiveView(run, config, "plain", console=Console(file=Closed())) as view:
         view.note("a line")
         view.refresh()
+
+
+@pytest.mark.parametrize("mode", ["plain", "rich"])
+def test_a_view_that_fails_ends_nothing(run: RunDir, config: RunConfig, mode: Literal["plain", "rich"]) -> None:
+    """A status that no rank wrote, a screen that cannot spell it: the executor goes on."""
+    status(run, step=1)
+    with LiveView(run, config, mode, console=Console(file=io.TextIOWrapper(io.BytesIO(), "ascii"), width=80)) as view:
+        status(run, step=2, num_steps="many", tokens="many")
+        view.refresh()
+        view.note("\u2713")

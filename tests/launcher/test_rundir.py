@@ -1,5 +1,7 @@
 """The run directory: what is frozen, what may be amended, what makes it another run, and who holds it."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -242,6 +244,26 @@ def test_a_live_run_has_one_launcher(demo):
     assert not is_live(run)
 
 
+ORPHAN = """
+import subprocess, sys
+from pathlib import Path
+from launcher.rundir.lock import lock_run
+from launcher.rundir.paths import RunDir
+with lock_run(RunDir(Path(sys.argv[1]))) as lock:
+    print(subprocess.Popen(["sleep", "60"], pass_fds=[lock], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).pid)
+"""
+
+
+def test_ranks_that_outlive_their_launcher_are_named(demo):
+    run = open_run(demo())
+    ended = subprocess.run([sys.executable, "-c", ORPHAN, str(run.root)], capture_output=True, text=True, cwd=ROOT, check=True)
+    try:
+        with pytest.raises(RunStateError, match=r"its launcher died, its ranks still train; .*touch .*/stop`"), lock_run(run):
+            pass
+    finally:
+        os.kill(int(ended.stdout), signal.SIGKILL)
+
+
 def test_a_child_that_inherits_the_lock_keeps_it(demo):
     run = open_run(demo())
     with lock_run(run) as descriptor:
@@ -277,9 +299,18 @@ def test_the_end_another_stage_started_from_stays(demo):
         open_run(demo("stage=demo_pretrain", "stage.tokens=3e6"))
 
 
-def test_a_folder_that_cannot_be_made_is_a_config_error(demo):
-    with pytest.raises(ConfigError, match=r"run\.runs_dir: found /proc/nowhere \("):
-        open_run(demo("run.runs_dir=/proc/nowhere"))
+@pytest.mark.parametrize("runs_dir", ["/proc/nowhere", "/etc/passwd"])
+def test_a_folder_that_cannot_be_made_is_a_config_error(demo, runs_dir):
+    with pytest.raises(ConfigError, match=rf"run\.runs_dir: found {runs_dir} \("):
+        open_run(demo(f"run.runs_dir={runs_dir}"))
+
+
+def test_a_folder_that_cannot_be_written_is_a_config_error(demo, tmp_path):
+    run = RunDir(tmp_path / "runs" / "demo")
+    run.root.mkdir(parents=True)
+    run.lock.symlink_to("/proc/nowhere/lock")  # mode bits do not bind root
+    with pytest.raises(ConfigError, match=r"run\.runs_dir: found .*runs \(No such file or directory\)"):
+        open_run(demo())
 
 
 def write_checkpoint(run, stage, *, tokens):
