@@ -12,7 +12,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def describe() -> dict[str, Any]:
-    """Date, processor, cores, memory and the versions that figures depend on."""
+    """Date, processor, cores, memory, the load as the result is written (the benchmark's own included), and versions."""
     cpu = next(
         (line.split(":")[1].strip() for line in read("/proc/cpuinfo") if line.startswith("model name")), platform.machine()
     )
@@ -22,7 +22,7 @@ def describe() -> dict[str, Any]:
         "cpu": cpu,
         "cores": os.cpu_count(),
         "memory_gib": round(memory_kib / 2**20),
-        "load_before": round(os.getloadavg()[0], 2),
+        "load_at_end": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "megatron-core", "hydra-core")},
     }
