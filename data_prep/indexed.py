@@ -36,7 +36,8 @@ IdsType = np.dtype[np.integer[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class ShardEntry:
-    """A finished shard. `file` is its stem; checksums are xxh3-128 in hexadecimal."""
+    """A finished shard. `file` is its stem; checksums are xxh3-128 in hexadecimal; no document in it is shorter than
+    `min_document_tokens`."""
 
     file: str
     documents: int
@@ -44,6 +45,7 @@ class ShardEntry:
     bin_bytes: int
     bin_xxh3: str
     idx_xxh3: str
+    min_document_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -27,27 +27,69 @@ Positive = Annotated[Float, Field(gt=0.0, allow_inf_nan=False)]
 PositiveInt = Annotated[Int, Field(gt=0)]
 
 
+SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+WindowKind = Literal["stream", "anchored", "best_fit"]
+
+
 @dataclass(config=STRICT, frozen=True)
-class Source:
-    """One named stream of documents. `share` is its part of a stage's tokens; `unique_tokens` is what the plan assumes
-    until a manifest says the truth; `max_epochs` is the most often a token may be read."""
+class Amount:
+    """How much of a phase is read from one source: `tokens`, `epochs`, or a `share` of what those two leave. One of them."""
 
     _: KW_ONLY
-    inputs: Annotated[tuple[str, ...], Field(min_length=1)]
-    format: Literal["jsonl", "parquet", "text"]
-    share: Share
+    share: Share | None = None
+    epochs: Positive | None = None
+    tokens: Positive | None = None
+
+    @property
+    def stated(self) -> dict[str, float]:
+        """What was said: one entry in an amount that is well formed."""
+        said = {"share": self.share, "epochs": self.epochs, "tokens": self.tokens}
+        return {name: value for name, value in said.items() if value is not None}
+
+
+@dataclass(config=STRICT, frozen=True)
+class Source(Amount):
+    """One named stream of documents, made from `inputs`, or the documents of at least `min_document_tokens` of a `parent`.
+
+    Its amount is that of the first phase; a source without one is read by later phases or through its buckets only.
+    `unique_tokens` is what the plan assumes until a manifest says the truth; `max_epochs` is the most often a token may be
+    read; `windows` is how it is cut, where not as the mixture says."""
+
+    _: KW_ONLY
+    inputs: tuple[str, ...] = ()
+    format: Literal["jsonl", "parquet", "text"] | None = None
     text_field: str = "text"
+    parent: SourceName | None = None
+    min_document_tokens: PositiveInt | None = None
     max_epochs: Positive | None = None
     unique_tokens: Positive | None = None
+    windows: WindowKind | None = None
+
+
+@dataclass(config=STRICT, frozen=True)
+class Phase:
+    """What a stage reads from `start_tokens` of the stage on: every source of the phase, and how much of each."""
+
+    _: KW_ONLY
+    start_tokens: Positive
+    sources: Annotated[dict[SourceName, Amount], Field(min_length=1)]
 
 
 @dataclass(config=STRICT, frozen=True)
 class Mixture:
-    """The sources a stage reads, by name; the shares sum to 1 (checked where all errors are collected)."""
+    """The sources a stage reads, by name, and how their amounts change (checked where all errors are collected). `windows`:
+    `stream` cuts documents end to end; `anchored` takes whole windows from the start of long documents; `best_fit` packs whole
+    documents."""
 
     _: KW_ONLY
     name: str
-    sources: Annotated[dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")], Source], Field(min_length=1)]
+    sources: Annotated[dict[SourceName, Source], Field(min_length=1)]
+    phases: tuple[Phase, ...] = ()
+    windows: WindowKind = "stream"
+
+    def windows_of(self, name: str) -> WindowKind:
+        """How one of the sources is cut into windows."""
+        return self.sources[name].windows or self.windows
 
 
 @dataclass(config=STRICT, frozen=True)
@@ -66,13 +108,24 @@ class DataSettings:
     """How sources become shards and windows; the same for every stage of a run.
 
     `held_out_fraction`: part of the documents (by keyed content hash) kept for validation. `shard_tokens`: a shard is closed
-    at the first document border past this size. `chunk_tokens` (C) and `group_tokens`: units of the shuffle, see
-    docs/data_order.md. `max_rejected_rows`: malformed rows tolerated per source, listed in rejects.jsonl."""
+    at the first document border past this size. `length_buckets`: documents from each of these lengths up lie in shards of
+    their own. `chunk_tokens` (C) and `group_tokens`: units of the shuffle, see docs/data_order.md. `max_rejected_rows`:
+    malformed rows tolerated per source, listed in rejects.jsonl.
+
+    `reader`: how shards are read. `cache_dir`: what is read from object storage is kept there, up to `cache_gib`; null keeps
+    nothing. `prefetch_batches`: global batches read ahead in the background; 0 reads in the step. `trace`: ranks write down
+    every window they read."""
 
     _: KW_ONLY
     held_out_fraction: Annotated[Float, Field(ge=0.0, lt=0.5)]
     shard_tokens: PositiveInt
+    length_buckets: tuple[PositiveInt, ...]
     chunk_tokens: PositiveInt
     group_tokens: PositiveInt
     num_workers: PositiveInt
     max_rejected_rows: Annotated[Int, Field(ge=0)]
+    reader: Literal["mmap", "pread"]
+    cache_dir: str | None
+    cache_gib: Positive
+    prefetch_batches: Annotated[Int, Field(ge=0)]
+    trace: bool

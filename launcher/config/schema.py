@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from data_prep.spec import STRICT, DataSettings, Float, Int, Mixture, Positive, PositiveInt, TokenizerSpec
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
 NonNegative = Annotated[Float, Field(ge=0.0, allow_inf_nan=False)]
@@ -78,16 +78,35 @@ class CheckpointPolicy:
 
 
 @dataclass(config=STRICT, frozen=True)
+class RampupBatchSize:
+    """The batch begins at `start` sequences and grows in steps of `increment` to the stage's over its first `tokens`."""
+
+    _: KW_ONLY
+    start: PositiveInt
+    increment: PositiveInt
+    tokens: Positive
+
+
+@dataclass(config=STRICT, frozen=True)
 class StageSettings:
-    """What is trained: sequence length, batch (in sequences), token horizon, RoPE base, and the stage it starts from."""
+    """What is trained: sequence length, batch (in sequences), token horizon, RoPE base, and the stage it starts from.
+
+    Sources that the stage `init_from` read go on where it stopped or, with `replay_from_tokens`, where they stood at that
+    token of it. `reset_attention_mask`: no attention across documents; `reset_position_ids` goes with it; `eod_mask_loss`:
+    what follows a document's end is not predicted (Megatron's names)."""
 
     _: KW_ONLY
     name: Name
     seq_length: PositiveInt
     global_batch_size: PositiveInt
+    rampup_batch_size: RampupBatchSize | None
     tokens: Positive
     rotary_base: PositiveInt
     init_from: Name | None
+    replay_from_tokens: NonNegative | None
+    reset_attention_mask: bool
+    reset_position_ids: bool
+    eod_mask_loss: bool
     validation: Validation
     checkpoint: CheckpointPolicy
 
@@ -101,6 +120,7 @@ class Layout:
     pp: PositiveInt
     vpp: PositiveInt
     cp: PositiveInt
+    cp_comm_type: Literal["p2p", "a2a", "all_gather"]
     sequence_parallel: bool
     micro_batch_size: PositiveInt
     recompute: Literal["none", "selective", "full"]
@@ -218,7 +238,7 @@ class RunConfig:
     """The whole frozen config, as `config.yaml` of the run directory holds it."""
 
     _: KW_ONLY
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     run: RunSettings
     model: ModelConfig
     tokenizer: TokenizerSpec

@@ -14,7 +14,7 @@ MODEL = dict(
     attention_bias=False, mlp_bias=False,
 )  # fmt: skip
 LAYOUT = dict(
-    tp=1, pp=1, vpp=1, cp=1, sequence_parallel=False, micro_batch_size=1, recompute="none", distributed_optimizer=True,
+    tp=1, pp=1, vpp=1, cp=1, cp_comm_type="p2p", sequence_parallel=False, micro_batch_size=1, recompute="none", distributed_optimizer=True,
     overlap_grad_reduce=False, overlap_param_gather=False,
 )  # fmt: skip
 PRECISION = dict(
@@ -26,6 +26,7 @@ OPTIM = dict(
 )
 STAGE = dict(
     name="pretrain", seq_length=32, global_batch_size=8, tokens=256 * 6.0, rotary_base=10000, init_from=None,
+    rampup_batch_size=None, replay_from_tokens=None, reset_attention_mask=False, reset_position_ids=False, eod_mask_loss=False,
     validation=dict(interval_tokens=1e9, max_tokens=256), checkpoint=dict(interval_tokens=1e9, keep_last=2),
 )  # fmt: skip
 SHARES = {"a": 0.5, "b": 0.3, "c": 0.2}
@@ -45,7 +46,7 @@ def run_config(root: Path, *, ranks: int = 1, stages: list[dict[str, Any]] | Non
     """A frozen config under `root` with one CPU rank per `ranks`."""
     stages = stages or [stage_config()]
     config = dict(
-        schema_version=1,
+        schema_version=2,
         run=dict(
             name="tiny", seed=7, runs_dir=str(root / "runs"), data_dir=str(root / "data"),
             stages=[stage["stage"]["name"] for stage in stages],
@@ -59,7 +60,8 @@ def run_config(root: Path, *, ranks: int = 1, stages: list[dict[str, Any]] | Non
         monitor=dict(log_interval=1, console="plain", tensorboard=False,
                      wandb=dict(mode="disabled", project="phidias", entity=None, group=None)),
         data=dict(
-            held_out_fraction=0.1, shard_tokens=4000, chunk_tokens=256, group_tokens=2048, num_workers=1, max_rejected_rows=0
+            held_out_fraction=0.1, shard_tokens=4000, chunk_tokens=256, group_tokens=2048, num_workers=1, max_rejected_rows=0,
+            length_buckets=[], reader="mmap", cache_dir=None, cache_gib=1.0, prefetch_batches=2, trace=False,
         ),
         stages=stages,
     )  # fmt: skip
