@@ -6,7 +6,8 @@ of its source, in reading order: position p is the p-th window that the source e
 
 import json
 import math
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -71,11 +72,22 @@ class SourceOrder:
     """One source read at one sequence length.
 
     An epoch permutes the full chunks and takes them in groups; inside a group the windows are permuted. The windows behind
-    the last full chunk belong to the last group, so that fewer than S tokens of an epoch are read by no window."""
+    the last full chunk belong to the last group, so that fewer than S tokens of an epoch are read by no window. `windows`
+    other than stream: the rows of a window table, laid end to end as a stream of num_windows x S + 1 tokens."""
 
-    def __init__(self, *, name: str, num_tokens: int, seq_length: int, chunk_tokens: int, group_tokens: int, seed: int):
+    def __init__(
+        self,
+        *,
+        name: str,
+        num_tokens: int,
+        seq_length: int,
+        chunk_tokens: int,
+        group_tokens: int,
+        seed: int,
+        windows: str = "stream",
+    ):
         _check_source(name, num_tokens=num_tokens, seq_length=seq_length, chunk_tokens=chunk_tokens, group_tokens=group_tokens)
-        self.name, self.num_tokens, self.seq_length = name, num_tokens, seq_length
+        self.name, self.num_tokens, self.seq_length, self.windows = name, num_tokens, seq_length, windows
         self.chunk_tokens, self.group_tokens, self.seed = chunk_tokens, group_tokens, seed
         self.chunk_windows = chunk_tokens // seq_length
         self.full_chunks = (num_tokens - 1) // chunk_tokens  # the last token of a source is only ever a label
@@ -99,7 +111,9 @@ class SourceOrder:
     def locate(self, positions: Int64s) -> tuple[Int64s, Int64s]:
         """Epoch, and token offset in the source of the window's first token, of each position."""
         _check_not_negative("position", int(positions.min(initial=0)))
-        return _locate([self], source=np.zeros(positions.shape, dtype=np.int32), position=positions)
+        return _locate(
+            [self], geometry=geometry_table([self]), source=np.zeros(positions.shape, dtype=np.int32), position=positions
+        )
 
     def epochs(self, position: int) -> float:
         """How often the source has been read when `position` windows are consumed; above 1 tokens repeat."""
@@ -142,10 +156,14 @@ def _check_not_negative(what: str, value: int) -> None:
         raise DataError(f"{what} {value}: samples and positions are counted from 0; pass 0 or more")
 
 
-def _locate(orders: Sequence[SourceOrder], *, source: Int32s, position: Int64s) -> tuple[Int64s, Int64s]:
+def geometry_table(orders: Sequence[SourceOrder]) -> Int64s:
+    """The geometry of each source, a column a source."""
+    return np.array([order.geometry for order in orders], dtype=np.int64).T
+
+
+def _locate(orders: Sequence[SourceOrder], *, geometry: Int64s, source: Int32s, position: Int64s) -> tuple[Int64s, Int64s]:
     """Epoch and token offset [N] of windows of several sources at once: `source` [N] indexes `orders`."""
-    table = np.array([order.geometry for order in orders], dtype=np.int64).T
-    num_windows, num_groups, group_windows, full_chunks, chunk_windows, seq_length = table[:, source]
+    num_windows, num_groups, group_windows, full_chunks, chunk_windows, seq_length = geometry[:, source]
     epoch, rest = np.divmod(position, num_windows)
     group = np.minimum(rest // group_windows, num_groups - 1)
     first = group * group_windows
@@ -177,13 +195,16 @@ class Blend:
 
     The golden step G spreads every stretch of consecutive samples evenly over the slots, hence over the sources."""
 
-    def __init__(self, shares: Sequence[float], *, seed: int):
-        self.slots = _quantise(shares)
+    def __init__(self, slots: Sequence[int], *, seed: int):
+        """`slots`: how many of the Q each source has, from `quantise`; a source with none is not read."""
+        if sum(slots) != SLOTS or min(slots, default=0) < 0:
+            raise DataError(f"slots sum to {sum(slots)} over {len(slots)} sources; the rule is {SLOTS}; make them by quantise")
+        self.slots = np.array(slots, dtype=np.int64)
         self.edges = np.concatenate([[0], np.cumsum(self.slots)])
         self.phase = int.from_bytes(blake2b(str(seed).encode(), digest_size=4, person=b"phidias-blend").digest(), "little")
 
     def assign(self, first: int, count: int) -> tuple[Int32s, Int64s]:
-        """Source index, and position in that source counted from the phase start, of samples first..first+count-1."""
+        """Source index, and number of earlier samples of that source, of samples first..first+count-1."""
         _check_not_negative("first sample", first)
         _check_not_negative("sample count", count)
         sample = np.arange(first, first + count, dtype=np.uint64)  # its product wraps at 2^64, a multiple of Q
@@ -192,46 +213,51 @@ class Blend:
         return source, self.counts(first)[source] + _earlier_equals(source, len(self.slots))
 
     def counts(self, num_samples: int) -> Int64s:
-        """Samples of each source among the first `num_samples`, in closed form.
+        """Samples of each source among the first `num_samples`, in closed form; Q samples are one turn of all slots.
 
         With x = g x G + phase, slot(g) lies in [low, high) where floor((x - low) / Q) - floor((x - high) / Q) is 1 and
         elsewhere that is 0; a sum of such floors over g takes logarithmic time."""
         _check_not_negative("sample count", num_samples)
+        turns, rest = divmod(num_samples, SLOTS)
         start = self.phase + SLOTS  # keeps the numerators positive; cancels in the difference
-        sums = [_floor_sum(num_samples, m=SLOTS, a=GOLDEN_STEP, b=start - edge) for edge in self.edges.tolist()]
-        return np.array([low - high for low, high in pairwise(sums)], dtype=np.int64)
+        sums = _floor_sums(rest, m=SLOTS, a=GOLDEN_STEP, b=(start - self.edges).astype(np.uint64))
+        return turns * self.slots - np.diff(sums).view(np.int64)
 
 
-def _quantise(shares: Sequence[float]) -> Int64s:
-    """Slots of each source: integers of at least 1 that sum to SLOTS, by largest remainder; in exact arithmetic."""
-    bad = [(index, share) for index, share in enumerate(shares) if not (math.isfinite(share) and share > 0)]
+def quantise(shares: Sequence[float | Fraction]) -> list[int]:
+    """Slots of each source: integers of at least 1 (of 0 for a share of 0) that sum to SLOTS, by largest remainder."""
+    bad = [(index, share) for index, share in enumerate(shares) if not (math.isfinite(share) and share >= 0)]
     if bad:
         index, share = bad[0]
-        raise DataError(f"share {share} of source number {index}: a share must be finite and above 0; correct or drop it")
-    total = sum((Fraction(float(share)) for share in shares), Fraction(0))
+        raise DataError(f"share {share} of source number {index}: a share must be finite and not negative; correct or drop it")
+    total = sum((Fraction(share) for share in shares), Fraction(0))
     if abs(total - 1) > Fraction(1, 10**6):
         found = f"shares sum to {float(total):.8g} over {len(shares)} sources"
         raise DataError(f"{found}; they must sum to 1 within 1e-6; rescale them")
-    exact = [Fraction(float(share)) * SLOTS / total for share in shares]
-    slots = [max(1, math.floor(part)) for part in exact]
+    exact = [Fraction(share) * SLOTS / total for share in shares]
+    slots = [max(1, math.floor(part)) if part else 0 for part in exact]
     left = SLOTS - sum(slots)
-    for index in sorted(range(len(slots)), key=lambda i: (slots[i] - exact[i], i))[: max(0, left)]:
+    read = [index for index, part in enumerate(exact) if part]
+    for index in sorted(read, key=lambda i: (slots[i] - exact[i], i))[: max(0, left)]:
         slots[index] += 1
     slots[slots.index(max(slots))] += min(0, left)  # the sources lifted to 1 may have taken more than there is
-    return np.array(slots, dtype=np.int64)
+    return slots
 
 
-def _floor_sum(n: int, *, m: int, a: int, b: int) -> int:
-    """Sum of (a i + b) // m over i = 0..n-1, by Euclid's algorithm on (a, m); a, b >= 0."""
-    total = 0
-    while True:
-        total += n * (n - 1) // 2 * (a // m) + n * (b // m)
-        a, b = a % m, b % m
-        top = a * n + b
-        if top < m:
-            return total
-        n, b = divmod(top, m)
+def _floor_sums(n: int, *, m: int, a: int, b: Uint64s) -> Uint64s:
+    """Sum of (a i + b) // m over i = 0..n-1 for each b, modulo 2^64, by Euclid's algorithm on (a, m); n, a, m at most 2^32.
+
+    (a, m) are the same for every b, so that all go through the steps together; one that is done has come to n = 0."""
+    total, count = np.zeros(b.shape, dtype=np.uint64), np.full(b.shape, n, dtype=np.uint64)
+    while count.any():
+        pairs = np.where(count > 0, count * (count - np.uint64(1)) // np.uint64(2), np.uint64(0))
+        total += pairs * np.uint64(a // m) + count * (b // np.uint64(m))
+        a, b = a % m, b % np.uint64(m)
+        count, b = np.divmod(np.uint64(a) * count + b, np.uint64(m))
         m, a = a, m
+        if m == 0:  # a divided m: what is left are terms below 1
+            break
+    return total
 
 
 def _earlier_equals(source: Int32s, num_sources: int) -> Int64s:
@@ -253,44 +279,96 @@ class Windows:
     position: Int64s
 
 
-class StageOrder:
-    """The order of one stage: a blend, the order of each source, and the position of each at the stage's first sample."""
+class Schedule:
+    """Which source each sample of a stage reads, through the phases of its mixture.
 
-    def __init__(self, *, orders: Sequence[SourceOrder], blend: Blend, starts: Sequence[int]):
-        if not len(orders) == len(blend.slots) == len(starts):
+    A phase holds from its first sample to the start of the next. Samples are counted through: a phase cut in two of the same
+    slots is the same order."""
+
+    def __init__(self, phases: Sequence[tuple[int, Sequence[int]]], *, seed: int):
+        """`phases`: first sample, and slots of every source (0 where the phase does not read it)."""
+        self.starts = [start for start, _ in phases]
+        if self.starts[:1] != [0] or any(after <= before for before, after in pairwise(self.starts)):
             raise DataError(
-                f"{len(orders)} source orders, {len(blend.slots)} shares and {len(starts)} starts; a stage needs one of each "
-                "for every source; build the three from the same mixture"
+                f"phases start at samples {self.starts}; the first starts at 0, each later one after the one before"
+            )
+        self.blends = [Blend(slots, seed=seed) for _, slots in phases]
+        self.num_sources = len(self.blends[0].slots)
+        # What to add to a blend's own count to have the samples of a source since the stage's start.
+        self.offsets = [np.zeros(self.num_sources, dtype=np.int64)]
+        for before, after, start in zip(self.blends, self.blends[1:], self.starts[1:], strict=False):
+            self.offsets.append(self.offsets[-1] + before.counts(start) - after.counts(start))
+
+    def assign(self, first: int, count: int) -> tuple[Int32s, Int64s]:
+        """Source index, and number of earlier samples of that source in the stage, of samples first..first+count-1."""
+        _check_not_negative("first sample", first)
+        _check_not_negative("sample count", count)
+        parts = [self._assign(phase, low, high) for phase, low, high in self._overlaps(first, first + count)]
+        return np.concatenate([source for source, _ in parts]), np.concatenate([position for _, position in parts])
+
+    def counts(self, num_samples: int) -> Int64s:
+        """Samples of each source among the first `num_samples` of the stage."""
+        phase = bisect_right(self.starts, num_samples) - 1
+        return self.offsets[max(0, phase)] + self.blends[max(0, phase)].counts(num_samples)
+
+    def _overlaps(self, first: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """Phase, first sample and end of each part of a stretch; a stretch of no samples is one empty part."""
+        borders = [*self.starts[1:], max(end, self.starts[-1]) + 1]
+        for phase, (start, border) in enumerate(zip(self.starts, borders, strict=True)):
+            low, high = max(first, start), min(end, border)
+            if low < high or (first == end and start <= first < border):
+                yield phase, low, high
+
+    def _assign(self, phase: int, low: int, high: int) -> tuple[Int32s, Int64s]:
+        source, position = self.blends[phase].assign(low, high - low)
+        return source, position + self.offsets[phase][source]
+
+
+class StageOrder:
+    """The order of one stage: its schedule, the order of each source, and the position of each at the stage's first sample."""
+
+    def __init__(self, *, orders: Sequence[SourceOrder], schedule: Schedule, starts: Sequence[int]):
+        if not len(orders) == schedule.num_sources == len(starts):
+            raise DataError(
+                f"{len(orders)} source orders, {schedule.num_sources} in the schedule and {len(starts)} starts; a stage needs "
+                "one of each for every source; build the three from the same mixture"
             )
         lengths = sorted({order.seq_length for order in orders})
         if len(lengths) > 1:
             raise DataError(f"sources at seq_lengths {lengths} in one stage; a stage has one; split it into stages")
         _check_not_negative("start", min(starts))
-        self.orders, self.blend, self.starts = tuple(orders), blend, np.array(starts, dtype=np.int64)
+        self.orders, self.schedule, self.starts = tuple(orders), schedule, np.array(starts, dtype=np.int64)
+        self._geometry = geometry_table(orders)
 
     def windows(self, first_sample: int, count: int) -> Windows:
         """The windows of samples first_sample..first_sample+count-1 of this stage, whatever was asked before."""
-        source, position = self.blend.assign(first_sample, count)
+        source, position = self.schedule.assign(first_sample, count)
         position += self.starts[source]
-        epoch, offset = _locate(self.orders, source=source, position=position)
+        epoch, offset = _locate(self.orders, geometry=self._geometry, source=source, position=position)
         return Windows(source, epoch, offset, position)
 
     def positions(self, num_samples: int) -> Int64s:
         """Position of each source after `num_samples` of this stage: what the ledger says and where the next stage goes on."""
-        return self.starts + self.blend.counts(num_samples)
+        return self.starts + self.schedule.counts(num_samples)
 
 
 def carry_over(before: SourceOrder, position: int, after: SourceOrder) -> tuple[int, int]:
     """Position at which `after` goes on where `before` stopped, and the tokens that this leaves unread in that epoch.
 
-    The same sequence length goes on at once. Another one cuts other windows, so it starts at the next group border: the tokens
-    read before and after lie in different chunks. DataError where the two are not the same source under the same shuffle."""
-    _check_same_shuffle(before, after)
+    The same windows go on at once. A stream at another sequence length cuts other windows, so it starts at the next group
+    border: the tokens read before and after lie in different chunks. Windows of another kind, or from another table, start at
+    the next epoch. DataError where the two are not the same source under the same shuffle."""
     _check_not_negative("position", position)
-    if before.seq_length == after.seq_length:
-        return position, 0
-    border = before.border_after(position)
-    return after.position_of_border(border), (before.position_of_border(border) - position) * before.seq_length
+    same_length = before.seq_length == after.seq_length
+    if before.windows == after.windows and (same_length or before.windows == "stream"):
+        _check_same_shuffle(before, after)
+        if same_length:
+            return position, 0
+        border = before.border_after(position)
+        return after.position_of_border(border), (before.position_of_border(border) - position) * before.seq_length
+    epoch, rest = divmod(position, before.num_windows)
+    left = before.num_windows - rest if rest else 0
+    return (epoch + (1 if rest else 0)) * after.num_windows, left * before.seq_length
 
 
 def _check_same_shuffle(before: SourceOrder, after: SourceOrder) -> None:

@@ -22,7 +22,7 @@ def _refuse_bool(value: Any) -> Any:
 Int = Annotated[int, BeforeValidator(_refuse_bool)]
 Float = Annotated[float, BeforeValidator(_refuse_bool)]
 
-Share = Annotated[Float, Field(gt=0.0, le=1.0, allow_inf_nan=False)]
+Share = Annotated[Float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 Positive = Annotated[Float, Field(gt=0.0, allow_inf_nan=False)]
 PositiveInt = Annotated[Int, Field(gt=0)]
 
