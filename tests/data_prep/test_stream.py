@@ -1,5 +1,7 @@
 """A source read as one stream: the same tokens whatever the shards, and damage that is found at opening."""
 
+import os
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -8,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import stream as stream_module
+from data_prep import storage
 from data_prep.errors import DataError
 from data_prep.indexed import ShardWriter
-from data_prep.manifest import Manifest, TokenizerEntry, split_of, write_manifest
+from data_prep.manifest import Manifest, TokenizerEntry, read_manifest, split_of, verify_source, write_manifest
 from data_prep.order import SourceOrder
 from data_prep.stream import SourceStream
 
@@ -121,14 +123,53 @@ def test_a_split_without_shards_is_empty(tmp_path):
     assert list(held_out.documents()) == []
 
 
-def test_opening_reads_no_tokens_and_open_shards_are_bounded(tmp_path, monkeypatch):
+def test_opening_opens_no_shard(tmp_path):
     directory = write_source(tmp_path / "web", train=[documents(2, seed=i) for i in range(5)])
-    stream_module._open_shard.cache_clear()
+    storage.OPEN_SHARDS.clear()
     stream = SourceStream(directory, name="web")
-    assert stream_module._open_shard.cache_info().currsize == 0
+    assert len(storage.OPEN_SHARDS) == 0
     stream.read(0, stream.num_tokens)
-    assert stream_module._open_shard.cache_info().currsize == 5
-    assert stream_module._open_shard.cache_info().maxsize < 1024
+    assert len(storage.OPEN_SHARDS) == 5
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data())
+def test_windows_are_what_reads_give(source, data):
+    stream, tokens = source
+    length = data.draw(st.integers(0, 60))
+    offsets = data.draw(st.lists(st.integers(0, len(tokens) - length), max_size=20))
+    windows = stream.read_windows(np.array(offsets, dtype=np.int64), length)
+    assert windows.shape == (len(offsets), length) and windows.dtype == np.int32
+    assert all(np.array_equal(window, tokens[o : o + length]) for window, o in zip(windows, offsets, strict=True))
+
+
+def with_lengths(directory, lengths):
+    """The manifest of the source says that its shards hold documents of at least these lengths."""
+    manifest = read_manifest(directory)
+    shards = [replace(shard, min_document_tokens=length) for shard, length in zip(manifest.train.shards, lengths, strict=True)]
+    write_manifest(directory, manifest=replace(manifest, train=split_of(shards)))
+
+
+def test_only_shards_of_long_documents(tmp_path):
+    parts = [documents(3, seed=i) for i in range(4)]
+    directory = write_source(tmp_path / "web", train=parts)
+    with_lengths(directory, [0, 100, 200, 100])
+    long = SourceStream(directory, name="web", min_document_tokens=100)
+    wanted = np.concatenate([*parts[1], *parts[2], *parts[3]])
+    assert np.array_equal(long.read(0, long.num_tokens), wanted)
+    assert np.array_equal(np.concatenate(list(long.documents())), wanted)
+    assert sorted(long.states) == [f"shard_{number:05d}.bin" for number in (1, 2, 3)]
+    assert long.digest != SourceStream(directory, name="web").digest
+    none = SourceStream(directory, name="web", min_document_tokens=201)
+    assert none.num_tokens == 0 and none.states == {} and none.read_windows([], 5).shape == (0, 5)
+
+
+def test_the_stream_knows_its_files_and_its_eod(source):
+    stream, _ = source
+    assert stream.eod_id == EOD
+    assert {file: state.size for file, state in stream.states.items()} == {
+        f"{shard.file}.bin": shard.bin_bytes for shard in stream.shards
+    }
 
 
 def test_a_source_that_was_prepared_again_is_read_anew(tmp_path):
@@ -148,6 +189,37 @@ def test_reads_outside_the_stream(source, offset, count):
     stream, tokens = source
     with pytest.raises(DataError, match=f"source web: asked for tokens {offset} .* has {len(tokens)}"):
         stream.read(offset, count)
+
+
+def test_windows_outside_the_stream(source):
+    stream, tokens = source
+    with pytest.raises(DataError, match=f"source web: asked for tokens -1 to 4, the stream has {len(tokens)}"):
+        stream.read_windows([3, -1], 5)
+    with pytest.raises(DataError, match=f"asked for tokens {len(tokens) - 4} to {len(tokens) + 1}"):
+        stream.read_windows([len(tokens) - 4, 0], 5)
+
+
+def test_a_shard_replaced_since_the_launch(tmp_path):
+    directory = write_source(tmp_path / "web", train=[documents(3), documents(4)])
+    recorded = SourceStream(directory, name="web").states
+    SourceStream(directory, name="web").refuse_replaced(recorded)
+    path = directory / "shard_00001.bin"
+    os.utime(path, ns=(0, 10**18))
+    stream = SourceStream(directory, name="web")
+    with pytest.raises(DataError) as error:
+        stream.refuse_replaced(recorded)
+    size = path.stat().st_size
+    for word in ("source web", path, f"{size} bytes", "2001-09-09 01:46:40", "phidias data action=verify"):
+        assert str(word) in str(error.value)
+    assert verify_source(directory) == []
+    stream.refuse_replaced(recorded)
+    os.utime(path, ns=(0, 2 * 10**18))
+    with pytest.raises(DataError, match=r"shard_00001\.bin was"):
+        SourceStream(directory, name="web").refuse_replaced(recorded)
+
+
+def test_a_shard_that_was_not_recorded_is_not_refused(source):
+    source[0].refuse_replaced({})
 
 
 def test_missing_manifest(tmp_path):
