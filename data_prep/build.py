@@ -4,10 +4,11 @@ import contextlib
 import functools
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -98,6 +99,7 @@ def prepare_source(
     it was imported and there is no text to make it from.
 
     DataError: inputs or tokenizer unusable, a malformed row too many, prepared before with other settings, disk full."""
+    _check_buckets(settings.length_buckets)
     files = () if imported_manifest(data_dir / name) else find_inputs(source, name=name)
     text_tokenizer = build_tokenizer(tokenizer)
     entry = tokenizer_entry(text_tokenizer, kind=tokenizer.kind)
@@ -126,24 +128,30 @@ def is_held_out(data: bytes, *, seed: int, fraction: float) -> bool:
     return xxhash.xxh3_64_intdigest(data, seed=seed % 2**64) < int(fraction * 2**64)
 
 
-class _Split:
-    """The shards of one split, closed at the first document border at or past `shard_tokens`."""
+def _check_buckets(buckets: Sequence[int]) -> None:
+    if list(buckets) != sorted(set(buckets)):
+        raise DataError(f"data.length_buckets is {list(buckets)}; each length is larger than the one before; sort the list")
 
-    def __init__(self, work: Path, *, prefix: str, dtype: IdsType, shard_tokens: int):
+
+class _Shards:
+    """One sequence of shards, closed at the first document border at or past `shard_tokens`."""
+
+    def __init__(self, work: Path, *, prefix: str, dtype: IdsType, shard_tokens: int, min_document_tokens: int):
         self._work, self._prefix, self._dtype, self._shard_tokens = work, prefix, dtype, shard_tokens
-        self._shards: list[ShardEntry] = []
+        self._min_document_tokens = min_document_tokens
+        self._closed: list[ShardEntry] = []
         self._writer: ShardWriter | None = None
 
     def add(self, ids: Ids) -> None:
         if self._writer is None:
-            self._writer = ShardWriter(self._work / f"{self._prefix}_{len(self._shards):05d}", dtype=self._dtype)
+            self._writer = ShardWriter(self._work / f"{self._prefix}_{len(self._closed):05d}", dtype=self._dtype)
         self._writer.add_document(ids)
         if self._writer.tokens >= self._shard_tokens:
             self._close_shard()
 
-    def finish(self) -> SplitEntry:
+    def finish(self) -> list[ShardEntry]:
         self._close_shard()
-        return split_of(self._shards)
+        return self._closed
 
     def abort(self) -> None:
         if self._writer is not None:
@@ -151,8 +159,28 @@ class _Split:
 
     def _close_shard(self) -> None:
         if self._writer is not None:
-            self._shards.append(self._writer.close())
+            self._closed.append(replace(self._writer.close(), min_document_tokens=self._min_document_tokens))
         self._writer = None
+
+
+class _Split:
+    """The shards of one split: a sequence for the documents below the first of `buckets`, and one from each of them up."""
+
+    def __init__(self, work: Path, *, prefix: str, dtype: IdsType, shard_tokens: int, buckets: Sequence[int]):
+        self._buckets = buckets
+        shards = functools.partial(_Shards, work, dtype=dtype, shard_tokens=shard_tokens)
+        of_bucket = [shards(prefix=f"{prefix}_b{bucket}", min_document_tokens=bucket) for bucket in buckets]
+        self._sequences = [shards(prefix=prefix, min_document_tokens=0), *of_bucket]
+
+    def add(self, ids: Ids) -> None:
+        self._sequences[bisect_right(self._buckets, len(ids))].add(ids)
+
+    def finish(self) -> SplitEntry:
+        return split_of([shard for sequence in self._sequences for shard in sequence.finish()])
+
+    def abort(self) -> None:
+        for sequence in self._sequences:
+            sequence.abort()
 
 
 @dataclass(kw_only=True)
@@ -174,7 +202,8 @@ class _Run:
     def build(self, source: Source, *, files: tuple[InputFile, ...], made_by: Settings, entry: TokenizerEntry) -> Manifest:
         rejects = Rejects(self.work / REJECTS, tolerance=self.settings.max_rejected_rows)
         with contextlib.ExitStack() as stack:
-            train, held_out = self._open_split(stack, prefix="shard"), self._open_split(stack, prefix="held_out")
+            train = self._open_split(stack, prefix="shard", buckets=self.settings.length_buckets)
+            held_out = self._open_split(stack, prefix="held_out")
             for batch in _batches(read_documents(files, source=source, counts=self.counts, rejects=rejects)):
                 self._write(batch, train=train, held_out=held_out)
                 self._report(file=batch[-1][1].file, rejected=rejects.count)
@@ -199,9 +228,9 @@ class _Run:
             )
         return manifest
 
-    def _open_split(self, stack: contextlib.ExitStack, *, prefix: str) -> _Split:
+    def _open_split(self, stack: contextlib.ExitStack, *, prefix: str, buckets: Sequence[int] = ()) -> _Split:
         dtype = np.dtype(dtype_for(self.tokenizer.vocab_size))
-        split = _Split(self.work, prefix=prefix, dtype=dtype, shard_tokens=self.settings.shard_tokens)
+        split = _Split(self.work, prefix=prefix, dtype=dtype, shard_tokens=self.settings.shard_tokens, buckets=buckets)
         stack.callback(split.abort)  # does nothing to a finished split
         return split
 

@@ -3,27 +3,33 @@
 Reading needs numpy and pydantic alone. Fields and rules: docs/data_format.md.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, asdict
+from hashlib import blake2b
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from data_prep.errors import DataError
 from data_prep.indexed import Ids, Index, ShardEntry, map_tokens, naming_full_disk, partial, read_index, sync_directory
 from data_prep.spec import STRICT
+from data_prep.storage import Folder, as_folder
 
 __all__ = [
     "Manifest",
     "ShardEntry",
     "SplitEntry",
     "TokenizerEntry",
+    "accepted_states",
     "damaged_shards",
+    "document_lengths",
     "import_shards",
     "imported_manifest",
     "read_manifest",
@@ -32,7 +38,7 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
-FILE = "manifest.json"
+FILE, RECEIPT = "manifest.json", "verified.json"
 BLOCK_TOKENS = 1 << 22
 
 
@@ -86,25 +92,26 @@ def split_of(shards: Sequence[ShardEntry]) -> SplitEntry:
     )
 
 
-def read_manifest(directory: Path) -> Manifest:
-    """The manifest of the source in `directory`. DataError where it is missing, unreadable or newer than this code."""
-    path = directory / FILE
+def read_manifest(place: Path | Folder) -> Manifest:
+    """The manifest of the source in `place`. DataError where it is missing, unreadable or newer than this code."""
+    folder = as_folder(place)
+    path, again = folder.path(FILE), f"remove {folder.place} and run `phidias data`"
     try:
-        fields = json.loads(path.read_bytes())
+        fields = json.loads(folder.read_bytes(FILE))
     except FileNotFoundError as error:
         raise DataError(
-            f"no data for source '{directory.name}': {path} is missing; "
+            f"no data for source '{folder.name}': {path} is missing; "
             "a source is read from its shards and their manifest; run `phidias data` first, or correct run.data_dir"
         ) from error
     except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}); remove {directory} and run `phidias data`") from error
+        raise DataError(f"{path} is not JSON ({error}); {again}") from error
     version = fields.get("format_version") if isinstance(fields, dict) else None
     if version != FORMAT_VERSION:
         raise DataError(f"{path} has format_version {version!r}; this code reads {FORMAT_VERSION}; use the code that wrote it")
     try:
         return TypeAdapter(Manifest).validate_python(fields)
     except ValidationError as error:
-        raise DataError(f"{path} is not a manifest: {error}; remove {directory} and run `phidias data`") from error
+        raise DataError(f"{path} is not a manifest: {error}; {again}") from error
 
 
 def write_manifest(directory: Path, *, manifest: Manifest) -> None:
@@ -165,25 +172,76 @@ def imported_manifest(directory: Path) -> Manifest | None:
     return manifest if manifest.settings.get("imported") else None
 
 
-def damaged_shards(directory: Path, *, manifest: Manifest) -> list[str]:
+def damaged_shards(place: Path | Folder, *, manifest: Manifest) -> list[str]:
     """Shards that are missing or not as long as the manifest says, one line each; reads sizes only."""
+    folder, shards = as_folder(place), (*manifest.train.shards, *manifest.held_out.shards)
+    states = folder.states([f"{shard.file}{suffix}" for shard in shards for suffix in (".bin", ".idx")])
     found = []
-    for shard in (*manifest.train.shards, *manifest.held_out.shards):
-        path = directory / f"{shard.file}.bin"
-        size = path.stat().st_size if path.exists() else None
-        if size != shard.bin_bytes:
-            what = "is missing" if size is None else f"holds {size} bytes"
+    for shard in shards:
+        path, state = folder.path(f"{shard.file}.bin"), states.get(f"{shard.file}.bin")
+        if state is None or state.size != shard.bin_bytes:
+            what = f"holds {state.size} bytes" if state else "is missing"
             found.append(f"{path} {what}, the manifest says {shard.bin_bytes}")
-        if not path.with_suffix(".idx").exists():
-            found.append(f"{path.with_suffix('.idx')} is missing")
+        if f"{shard.file}.idx" not in states:
+            found.append(f"{folder.path(f'{shard.file}.idx')} is missing")
     return found
 
 
+def document_lengths(index: Index) -> NDArray[np.int64]:
+    """Tokens of each document of a shard [D], EOD included."""
+    return np.diff(_document_borders(index))
+
+
 def verify_source(directory: Path) -> list[str]:
-    """What is wrong with the shards of a source, against its manifest: one line a finding, none where all is well."""
+    """What is wrong with the shards of a source, against its manifest: one line a finding, none where all is well.
+
+    Where all is well, verified.json is written: the files as they were read, see `accepted_states`."""
     manifest = read_manifest(directory)
     shards = (*manifest.train.shards, *manifest.held_out.shards)
-    return [problem for shard in shards for problem in _verify_shard(directory / shard.file, shard=shard)]
+    before = _receipt(directory, shards=shards)
+    found = [problem for shard in shards for problem in _verify_shard(directory / shard.file, shard=shard)]
+    if not found and before and before == _receipt(directory, shards=shards):
+        _write_receipt(directory, receipt=before)
+    return found
+
+
+def accepted_states(directory: Path) -> dict[str, list[Any]]:
+    """[size in bytes, mtime in ns as text] of each file that `verify_source` last found to be what the manifest says.
+
+    Empty where it never ran on this manifest."""
+    try:
+        receipt = json.loads((directory / RECEIPT).read_bytes())
+        same = receipt["manifest"] == _digest_of(directory / FILE)
+        return dict(receipt["files"]) if same else {}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+
+
+def _receipt(directory: Path, *, shards: Sequence[ShardEntry]) -> dict[str, Any] | None:
+    """The state of the files now; None where one is missing."""
+    paths = [path for shard in shards for path in _files(directory / shard.file)]
+    try:
+        stats = {path.name: path.stat() for path in paths}
+        manifest = _digest_of(directory / FILE)
+    except FileNotFoundError:
+        return None
+    return {"manifest": manifest, "files": {name: [stat.st_size, str(stat.st_mtime_ns)] for name, stat in stats.items()}}
+
+
+def _digest_of(path: Path) -> str:
+    """Of the standard library: ranks read the receipt, and have no xxhash."""
+    return blake2b(path.read_bytes(), digest_size=16).hexdigest()
+
+
+def _write_receipt(directory: Path, *, receipt: dict[str, Any]) -> None:
+    """In one step. Data may lie where nobody may write: then there is no receipt, and the finding stands."""
+    path = directory / RECEIPT
+    with contextlib.suppress(OSError):
+        try:
+            partial(path).write_text(json.dumps(receipt, indent=2), encoding="utf-8")
+            partial(path).replace(path)
+        finally:
+            partial(path).unlink(missing_ok=True)
 
 
 def _verify_shard(stem: Path, *, shard: ShardEntry) -> list[str]:
@@ -193,11 +251,14 @@ def _verify_shard(stem: Path, *, shard: ShardEntry) -> list[str]:
         tokens = map_tokens(bin_path, index)
     except DataError as error:
         return [str(error)]
-    found = _entry_of(stem, index=index, bin_xxh3=_hash(block.data for block in _blocks(tokens)))
-    wanted = asdict(shard)
+    found = asdict(_entry_of(stem, index=index, bin_xxh3=_hash(block.data for block in _blocks(tokens))))
+    wanted, shortest = asdict(shard), shard.min_document_tokens
+    if found["idx_xxh3"] == shard.idx_xxh3:  # in a damaged index documents may lie anywhere
+        shortest = int(document_lengths(index).min(initial=shortest))
+    found["min_document_tokens"] = shortest
     return [
         f"{stem}: {key} is {value}, the manifest says {wanted[key]}; prepare or copy the source again"
-        for key, value in asdict(found).items()
+        for key, value in found.items()
         if value != wanted[key]
     ]
 
@@ -260,7 +321,7 @@ def _check_contiguous(idx_path: Path, *, index: Index) -> None:
 
 def _check_documents(bin_path: Path, *, tokens: Ids, index: Index, eod_id: int) -> None:
     """Borders inside a window are found from EOD alone, so every document must end in one."""
-    borders = np.concatenate([[0], np.cumsum(index.sequence_lengths, dtype=np.int64)])[index.document_indices]  # [D + 1]
+    borders = _document_borders(index)
     wrong = np.diff(borders) == 0
     wrong[~wrong] = tokens[borders[1:][~wrong] - 1] != eod_id
     if not wrong.any():
@@ -272,6 +333,12 @@ def _check_documents(bin_path: Path, *, tokens: Ids, index: Index, eod_id: int) 
         f"{bin_path}: document {document} {found} ({wrong.sum():,} of {len(wrong):,} documents break the rule); "
         f"every document must end in EOD ({eod_id}); write them with --append-eod, or prepare the text with `phidias data`"
     )
+
+
+def _document_borders(index: Index) -> NDArray[np.int64]:
+    """Where each document of a shard without holes begins, and where the last ends [D + 1], in tokens."""
+    ends = np.cumsum(index.sequence_lengths, dtype=np.int64)
+    return np.concatenate([np.zeros(1, dtype=np.int64), ends])[index.document_indices]
 
 
 def _blocks(tokens: Ids) -> Iterator[Ids]:

@@ -112,7 +112,7 @@ def read_documents(
     for file in files:
         if not file.size and source.format != "text":
             raise DataError(f"{file.path} is empty: 0 bytes; an input holds at least one row; fetch it again or remove it")
-        for row, where in readers[source.format](file, field=source.text_field, counts=counts):
+        for row, where in readers[source.format or ""](file, field=source.text_field, counts=counts):
             if isinstance(row, Malformed):
                 rejects.add(where, reason=str(row))
             else:
@@ -205,8 +205,8 @@ def _check_column(path: str, *, schema: pa.Schema, field: str) -> None:
         raise DataError(f"{path}: column '{field}' holds {kind}; documents are strings; set the source's text_field")
 
 
-def _check_extension(path: str, *, format: str) -> None:
-    known = EXTENSIONS.get(format)
+def _check_extension(path: str, *, format: str | None) -> None:
+    known = EXTENSIONS.get(format or "")
     if known is None:
         return
     pure = PurePosixPath(path)

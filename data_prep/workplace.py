@@ -32,10 +32,11 @@ def settings_of(source: Source, *, files: tuple[InputFile, ...], settings: DataS
     named = [(file.path.removeprefix(folder), file.size, file.version) for file in files]  # the whole folder may move
     digest = xxhash.xxh3_128_hexdigest(json.dumps(named).encode())
     return {
-        "format": source.format,
+        "format": source.format or "",  # a source with inputs has one
         "text_field": source.text_field,
         "held_out_fraction": settings.held_out_fraction,
         "shard_tokens": settings.shard_tokens,
+        "length_buckets": str(list(settings.length_buckets)),
         "seed": seed,
         "inputs": f"{len(files)} files, {sum(file.size for file in files)} bytes, {digest}",
     }
@@ -51,7 +52,7 @@ def existing(directory: Path, *, made_by: Settings, tokenizer: TokenizerEntry, f
             "remove or rename it; shards that Megatron wrote are taken over by `phidias data action=import`"
         )
     manifest = read_manifest(directory)
-    found = {**manifest.settings, "tokenizer": manifest.tokenizer.fingerprint}
+    found = {"length_buckets": "[]", **manifest.settings, "tokenizer": manifest.tokenizer.fingerprint}
     wanted: Settings = {**made_by, "tokenizer": tokenizer.fingerprint}
     keys = ["tokenizer"] if manifest.settings.get("imported") else list(wanted)
     differing = [f"{key}: found {found.get(key)}, wanted {wanted[key]}" for key in keys if found.get(key) != wanted[key]]

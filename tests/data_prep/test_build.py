@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from data_prep.build import is_held_out, list_inputs, prepare_source, prepare_sources, verify_source
 from data_prep.errors import DataError
 from data_prep.indexed import map_tokens, read_index
-from data_prep.manifest import read_manifest, write_manifest
+from data_prep.manifest import accepted_states, read_manifest, split_of, write_manifest
 from data_prep.spec import DataSettings, Source, TokenizerSpec
 from data_prep.tokenizers import build_tokenizer
 
@@ -24,10 +25,16 @@ EOD = "<|endoftext|>"
 SETTINGS = {
     "held_out_fraction": 0.2,
     "shard_tokens": 2000,
+    "length_buckets": (),
     "chunk_tokens": 64,
     "group_tokens": 4096,
     "num_workers": 1,
     "max_rejected_rows": 0,
+    "reader": "mmap",
+    "cache_dir": None,
+    "cache_gib": 1.0,
+    "prefetch_batches": 2,
+    "trace": False,
 }
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -134,6 +141,72 @@ def test_shards_close_at_the_first_border_past_their_size(lab):
     assert manifest.dtype == "uint16"
 
 
+def of_length(texts, *, low, high=10**9):
+    """Those of low..high-1 tokens, a byte a token and EOD."""
+    return [text for text in texts if low <= len(text.encode()) + 1 < high]
+
+
+def test_buckets_hold_the_same_documents_in_the_same_order(lab):
+    lab.texts("a.jsonl", some_texts(400))
+    plain, sorted_by = lab.prepare("plain"), lab.prepare("sorted", length_buckets=(64, 100))
+    (train, held_out), (bucketed, bucketed_held_out) = lab.read_back("plain"), lab.read_back("sorted")
+    assert bucketed_held_out == held_out and {shard.min_document_tokens for shard in sorted_by.held_out.shards} == {0}
+    parts = [of_length(train, low=low, high=high) for low, high in ((0, 64), (64, 100), (100, 10**9))]
+    assert bucketed == [text for part in parts for text in part] and all(parts)
+    assert (sorted_by.train.documents, sorted_by.train.tokens) == (plain.train.documents, plain.train.tokens)
+    assert (sorted_by.text_bytes, read_manifest(lab.data_dir / "sorted")) == (plain.text_bytes, sorted_by)
+    assert verify_source(lab.data_dir / "sorted") == []
+
+
+def test_the_manifest_lists_the_shortest_bucket_first(lab):
+    lab.texts("a.jsonl", some_texts(400))
+    shards = lab.prepare(length_buckets=(64, 100, 5000)).train.shards  # no document has 5000 tokens
+    stems = {0: "shard", 64: "shard_b64", 100: "shard_b100"}
+    numbers = {border: sum(shard.min_document_tokens == border for shard in shards) for border in stems}
+    assert [shard.file for shard in shards] == [
+        f"{stem}_{number:05d}" for border, stem in stems.items() for number in range(numbers[border])
+    ]
+    assert min(numbers.values()) > 1
+    assert [shard.file for shard in lab.prepare("plain").train.shards][:2] == ["shard_00000", "shard_00001"]
+
+
+def test_verify_finds_a_document_shorter_than_its_bucket(lab):
+    lab.texts("a.jsonl", some_texts(400))
+    manifest = lab.prepare(length_buckets=(64,))
+    lied = [replace(shard, min_document_tokens=80 if shard.min_document_tokens else 0) for shard in manifest.train.shards]
+    write_manifest(lab.data_dir / "web", manifest=replace(manifest, train=split_of(lied)))
+    problems = verify_source(lab.data_dir / "web")
+    assert problems and all("shard_b64" in problem for problem in problems)
+    assert "min_document_tokens is 65, the manifest says 80" in problems[0]
+    assert accepted_states(lab.data_dir / "web") == {}
+
+
+def test_a_source_from_before_the_buckets_has_none(lab):
+    lab.texts("a.jsonl", some_texts())
+    manifest = lab.prepare()
+    before = {key: value for key, value in manifest.settings.items() if key != "length_buckets"}
+    assert len(before) == len(manifest.settings) - 1
+    write_manifest(lab.data_dir / "web", manifest=replace(manifest, settings=before))
+    assert lab.prepare().settings == before
+    with pytest.raises(DataError, match=r"length_buckets: found \[\], wanted \[64, 100\]"):
+        lab.prepare(length_buckets=(64, 100))
+
+
+@pytest.mark.parametrize("buckets", [(100, 64), (64, 64)])
+def test_buckets_out_of_order_are_refused(lab, buckets):
+    lab.texts("a.jsonl", some_texts())
+    with pytest.raises(DataError, match=r"length_buckets is \[.*\]; each length is larger than the one before"):
+        lab.prepare(length_buckets=buckets)
+    assert not lab.data_dir.exists()
+
+
+def test_an_error_leaves_no_bucket_behind(lab):
+    lab.write("a.jsonl", [*({"text": text} for text in some_texts()), "bad\n"])
+    with pytest.raises(DataError, match="line 201"):
+        lab.prepare(length_buckets=(64, 100))
+    assert list(lab.data_dir.iterdir()) == []
+
+
 def test_held_out_goes_by_content(lab):
     texts = some_texts()
     lab.texts("a.jsonl", texts + texts[::-1])
@@ -174,6 +247,7 @@ def test_two_runs_are_equal_and_the_second_does_nothing(lab):
     [
         ({"held_out_fraction": 0.1}, "held_out_fraction: found 0.2, wanted 0.1"),
         ({"shard_tokens": 9}, "shard_tokens: found 2000, wanted 9"),
+        ({"length_buckets": (64,)}, "length_buckets: found [], wanted [64]"),
         ({"seed": 2}, "seed: found 1, wanted 2"),
         ({"pattern": "?.jsonl*"}, "b.jsonl.gz"),
     ],

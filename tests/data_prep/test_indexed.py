@@ -3,6 +3,7 @@
 import errno
 import os
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from data_prep.errors import DataError
 from data_prep.indexed import HEADER, ShardWriter, map_tokens, naming_full_disk, read_index
-from data_prep.manifest import TokenizerEntry, import_shards, read_manifest, verify_source
+from data_prep.manifest import TokenizerEntry, accepted_states, import_shards, read_manifest, verify_source, write_manifest
 
 EOD = 7
 DTYPES = ["int32", "uint16"]
@@ -217,3 +218,57 @@ def test_verify_names_what_changed(tmp_path):
     assert "its .idx describes" in verify_source(tmp_path)[0]
     path.unlink()
     assert "a.bin is missing" in verify_source(tmp_path)[0]
+
+
+def states(folder: Path):
+    stats = {path.name: path.stat() for path in folder.iterdir() if path.suffix in (".bin", ".idx")}
+    return {name: [stat.st_size, str(stat.st_mtime_ns)] for name, stat in stats.items()}
+
+
+def test_verify_leaves_a_receipt_of_what_it_read(tmp_path):
+    write_ours(tmp_path / "a", documents=random_documents())
+    write_ours(tmp_path / "valid", documents=random_documents(3))
+    manifest = import_shards(tmp_path, source="web", tokenizer=TOKENIZER, held_out=["valid"])
+    assert accepted_states(tmp_path) == {}
+    assert verify_source(tmp_path) == [] and accepted_states(tmp_path) == states(tmp_path)
+    read = accepted_states(tmp_path)
+    os.utime(tmp_path / "a.bin", ns=(0, 0))
+    assert accepted_states(tmp_path) == read != states(tmp_path)
+    assert verify_source(tmp_path) == [] and accepted_states(tmp_path)["a.bin"][1] == "0"
+    write_manifest(tmp_path, manifest=replace(manifest, text_bytes=1))
+    assert accepted_states(tmp_path) == {}
+
+
+def test_no_receipt_of_damaged_or_moving_shards(tmp_path, monkeypatch):
+    write_ours(tmp_path / "a", documents=random_documents())
+    import_shards(tmp_path, source="web", tokenizer=TOKENIZER)
+    content = (tmp_path / "a.bin").read_bytes()
+    (tmp_path / "a.bin").write_bytes(damage(content, at=100, by=b"\x01\x02"))
+    assert verify_source(tmp_path) and not (tmp_path / "verified.json").exists()
+    (tmp_path / "a.bin").write_bytes(content)
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            "data_prep.manifest._verify_shard", lambda stem, *, shard: os.utime(tmp_path / "a.bin", ns=(0, 0)) or []
+        )
+        assert verify_source(tmp_path) == [] and accepted_states(tmp_path) == {}
+    assert verify_source(tmp_path) == [] and accepted_states(tmp_path) == states(tmp_path)
+
+
+def test_receipts_that_cannot_be_written_or_read(tmp_path):
+    write_ours(tmp_path / "a", documents=random_documents())
+    import_shards(tmp_path, source="web", tokenizer=TOKENIZER)
+    (tmp_path / "verified.json.partial").mkdir()  # what a folder where nobody may write does, for root too
+    assert verify_source(tmp_path) == [] and accepted_states(tmp_path) == {}
+    for content in ("{", "[]", "{}", "null", '{"manifest": 1, "files": {}}'):
+        (tmp_path / "verified.json").write_text(content)
+        assert accepted_states(tmp_path) == {}
+
+
+def test_verify_survives_an_index_with_borders_out_of_range(tmp_path):
+    write_ours(tmp_path / "a", documents=random_documents())
+    import_shards(tmp_path, source="web", tokenizer=TOKENIZER)
+    path = tmp_path / "a.idx"
+    content = path.read_bytes()
+    path.write_bytes(damage(content, at=len(content) - 16, by=struct.pack("<q", 10**9)))
+    (problem,) = verify_source(tmp_path)
+    assert "a: idx_xxh3 is" in problem
