@@ -27,7 +27,7 @@ def other_problems(config: RunConfig) -> Iterator[Found]:
         yield None, problem
     for problem in (*check_family(config.model), *check_stage_list(config)):
         yield None, problem
-    yield from over_stages(config, rules=(check_stage, check_start, check_optim, *PRECISION_RULES))
+    yield from over_stages(config, rules=(check_stage, check_start, check_masks, check_optim, *PRECISION_RULES))
     yield from check_mixtures(config)
 
 
@@ -85,6 +85,9 @@ def check_cluster(config: RunConfig) -> Iterator[Problem]:
 
 def check_data(config: RunConfig) -> Iterator[Problem]:
     data = config.data
+    if list(data.length_buckets) != sorted(set(data.length_buckets)):
+        fix = f"data.length_buckets={sorted(set(data.length_buckets))}".replace(" ", "")
+        yield Problem("data.length_buckets", str(list(data.length_buckets)), "each is longer than the one before", fix)
     if data.group_tokens % data.chunk_tokens:
         rule = f"a group is whole chunks of data.chunk_tokens ({data.chunk_tokens})"
         near = max(1, round(data.group_tokens / data.chunk_tokens)) * data.chunk_tokens
@@ -113,6 +116,15 @@ def check_stage(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
     if settings.tokens < batch_tokens:
         rule = f"a stage is at least one global batch of {batch_tokens} tokens"
         yield Problem("stage.tokens", f"{settings.tokens:g}", rule, f"raise it to {batch_tokens} or more, or shrink the batch")
+    ramp = settings.rampup_batch_size
+    if ramp is not None and (
+        ramp.start > settings.global_batch_size or (settings.global_batch_size - ramp.start) % ramp.increment
+    ):
+        found = f"{ramp.start} in steps of {ramp.increment}"
+        rule = f"it must reach stage.global_batch_size ({settings.global_batch_size})"
+        start = settings.global_batch_size % ramp.increment or ramp.increment
+        fix = f"start={start}, or an increment that divides the difference"
+        yield Problem("stage.rampup_batch_size", found, rule, fix)
     if settings.validation.max_tokens < settings.seq_length:
         rule = f"it must hold one window of stage.seq_length ({settings.seq_length})"
         fix = f"stage.validation.max_tokens={settings.seq_length}"
@@ -135,6 +147,22 @@ def check_start(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
         if settings.seq_length < before:
             rule = f"it must not be shorter than in {settings.init_from} ({before}), which it starts from"
             yield Problem("stage.seq_length", str(settings.seq_length), rule, f"use {before} or more")
+
+
+def check_masks(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
+    """What attention across documents can be switched off with."""
+    settings, layout = stage.stage, stage.layout
+    if settings.reset_position_ids and not settings.reset_attention_mask:
+        rule = "it has no effect: Megatron's rotary embedding ignores position ids, and scores depend on distances alone"
+        yield Problem("stage.reset_position_ids", "true", rule, "false, or stage.reset_attention_mask=true as well")
+    if not settings.reset_attention_mask or config.cluster.gpu is None:
+        return
+    if layout.micro_batch_size > 1:
+        rule = "on GPUs documents are kept apart by transformer-engine's packed sequences (thd), which take one row"
+        yield Problem("layout.micro_batch_size", str(layout.micro_batch_size), rule, "1, or stage.reset_attention_mask=false")
+    if layout.cp > 1 and layout.cp_comm_type == "all_gather":
+        rule = "transformer-engine's packed sequences (thd) do not go with it"
+        yield Problem("layout.cp_comm_type", "all_gather", rule, "p2p, or stage.reset_attention_mask=false")
 
 
 def check_optim(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:

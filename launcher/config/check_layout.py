@@ -25,10 +25,22 @@ def check_batch(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
         unit = layout.micro_batch_size * dp
         fix = f"stage.global_batch_size={max(1, round(batch / unit)) * unit}, or another layout.micro_batch_size"
         yield Problem("stage.global_batch_size", str(batch), rule, fix)
+    elif unfit := unfit_ramp(stage, unit=layout.micro_batch_size * dp * (layout.pp if layout.vpp > 1 else 1)):
+        unit = layout.micro_batch_size * dp * (layout.pp if layout.vpp > 1 else 1)
+        rule = f"every batch on the way must be a multiple of {unit} (micro_batch_size * dp, * pp with virtual stages)"
+        fix = f"start and increment that are multiples of {unit}"
+        yield Problem("stage.rampup_batch_size", f"a batch of {unfit}", rule, fix)
     elif layout.vpp > 1 and batch // (layout.micro_batch_size * dp) % layout.pp:
         num_microbatches = batch // (layout.micro_batch_size * dp)
         rule = f"the interleaved schedule runs microbatches in groups of pp: {num_microbatches} is no multiple of {layout.pp}"
         yield Problem("layout.vpp", str(layout.vpp), rule, "layout.vpp=1, or a batch that gives a multiple")
+
+
+def unfit_ramp(stage: StageConfig, *, unit: int) -> int | None:
+    """The first batch of a ramp that is no multiple of the unit."""
+    ramp, batch = stage.stage.rampup_batch_size, stage.stage.global_batch_size
+    sizes = range(ramp.start, batch, ramp.increment) if ramp else range(0)
+    return next((size for size in sizes if size % unit), None)
 
 
 def check_pipeline(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:

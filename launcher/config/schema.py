@@ -4,6 +4,7 @@ Names are Megatron's. Units stand in the name (`_tokens`, `_s`). A run is one mo
 list of stages, each with its own layout, precision, optimizer and mixture.
 """
 
+import math
 from dataclasses import KW_ONLY
 from typing import Annotated, Literal
 
@@ -109,6 +110,11 @@ class StageSettings:
     eod_mask_loss: bool
     validation: Validation
     checkpoint: CheckpointPolicy
+
+    @property
+    def num_samples(self) -> int:
+        """Sequences the stage lasts: the token horizon, rounded up to a whole one."""
+        return math.ceil(self.tokens / self.seq_length)
 
 
 @dataclass(config=STRICT, frozen=True)

@@ -1,19 +1,27 @@
 """The plan as plain data: one object a stage. `phidias plan out=json` prints it, plan.json of a run directory holds it."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from data_prep.mixing import PhaseRow, mean_shares
+from data_prep.order import SLOTS
+from launcher.config.reading import Sizes, Tables, assumed_sizes, plan_tables
 from launcher.config.schema import RunConfig, StageConfig
 from launcher.plan.parameters import count_by_stage, count_parameters, flops_per_token
 from launcher.plan.stage import bubble_fraction, plan_stage
 
 
-def plan_document(config: RunConfig) -> list[dict[str, Any]]:
-    """What each selected stage comes to. `refusals` is empty: a config that does not fit is refused before it gets here."""
-    return [_stage_document(stage, config=config) for stage in config.stages]
+def plan_document(config: RunConfig, *, sizes: Sizes | None = None, tables: Tables | None = None) -> list[dict[str, Any]]:
+    """What each selected stage comes to. `refusals` is empty: a config that does not fit is refused before it gets here.
+
+    `sizes`: what manifests say; `tables`: the phases a run has recorded. AmountError where epochs have no size yet."""
+    known = {**assumed_sizes(config), **(sizes or {})}
+    rows = {**plan_tables(config, sizes=known), **(tables or {})}
+    return [_stage_document(stage, config=config, rows=rows[stage.stage.name]) for stage in config.stages]
 
 
-def _stage_document(stage: StageConfig, *, config: RunConfig) -> dict[str, Any]:
+def _stage_document(stage: StageConfig, *, config: RunConfig, rows: Sequence[PhaseRow]) -> dict[str, Any]:
     plan, layout = plan_stage(stage, cluster=config.cluster), stage.layout
     dp = plan.data_parallel_size
     return {
@@ -34,6 +42,12 @@ def _stage_document(stage: StageConfig, *, config: RunConfig) -> dict[str, Any]:
         "tokens": stage.stage.tokens,
         **{key: value for key, value in asdict(plan).items() if key != "data_parallel_size"},
         "bubble_fraction": bubble_fraction(layout, num_microbatches=plan.num_microbatches),
-        "sources": {name: source.share for name, source in stage.mixture.sources.items()},
+        "sources": mean_shares(rows, num_samples=plan.num_samples),
+        "phases": [_phase_document(row, seq_length=stage.stage.seq_length) for row in rows],
         "refusals": [],
     }
+
+
+def _phase_document(row: PhaseRow, *, seq_length: int) -> dict[str, Any]:
+    shares = {name: slots / SLOTS for name, slots in row.slots.items()}
+    return {"start_tokens": row.start_sample * seq_length, "shares": shares}

@@ -1,17 +1,23 @@
-"""Exposure: how often each source is read over the stages of a run."""
+"""Exposure: how often each source is read over the stages of a run, and how far a live one has come."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from launcher.config.check_mixture import Reading, readings
+from data_prep.exposure import Reading, readings
+from launcher.config.reading import Sizes, Tables, all_sources, assumed_sizes, plan_tables, stage_uses
 from launcher.config.schema import RunConfig
+from launcher.plan.stage import plan_stage
 
 
 @dataclass(frozen=True)
 class Exposure:
-    """One source over all selected stages. `share` is its part of all their tokens. `unique_tokens` is the manifest's count
-    where the source is prepared, else what the mixture assumes; null where neither is known. `first_repeat_token`: the run's
-    token count at which the source begins to repeat; null where it does not."""
+    """One source over all selected stages.
+
+    `share` is its part of all their tokens; `tokens` are read through this source, each read counted once. `unique_tokens` is
+    the manifest's count where the source is prepared, else what the mixture assumes; null where neither is known. `epochs`
+    are those of its most read tokens: documents that lie in a length bucket are read through that, too.
+    `first_repeat_token`, `_stage` and `_step`: the run's token count, and the step, at which it begins to read tokens again;
+    null where it does not. `tokens_read` and `epochs_read`: by now, where the run has begun."""
 
     source: str
     share: float
@@ -20,37 +26,68 @@ class Exposure:
     epochs: float | None
     max_epochs: float | None
     first_repeat_token: float | None
+    first_repeat_stage: str | None
+    first_repeat_step: int | None
+    tokens_read: float | None
+    epochs_read: float | None
 
 
-def plan_exposure(config: RunConfig, *, unique_tokens: Mapping[str, float] | None = None) -> list[Exposure]:
-    """A row a source, in the order the stages first name them. `unique_tokens`: what manifests say, by source."""
-    by_source: dict[str, list[Reading]] = {}
-    for reading in readings(config):
-        by_source.setdefault(reading.name, []).append(reading)
-    return [_exposure(rows, config=config, counted=(unique_tokens or {}).get(name)) for name, rows in by_source.items()]
+def plan_exposure(
+    config: RunConfig,
+    *,
+    sizes: Sizes | None = None,
+    tables: Tables | None = None,
+    samples_read: Mapping[str, int] | None = None,
+) -> list[Exposure]:
+    """A row a source, in the order the stages first name them. `sizes`: what manifests say, by source; `tables`: the phases
+    that the run has recorded; `samples_read`: of each stage, by now."""
+    known = {**assumed_sizes(config), **(sizes or {})}
+    rows = {**plan_tables(config, sizes=known), **(tables or {})}
+    planned = readings(stage_uses(config, sizes=known, tables=rows), seed=config.run.seed)
+    now = readings(stage_uses(config, sizes=known, tables=rows, samples=samples_read or {}), seed=config.run.seed)
+    begun = bool(samples_read and any(samples_read.values()))
+    return [
+        _exposure(name, found=by_source(planned, name), now=by_source(now, name), config=config, sizes=known, begun=begun)
+        for name in all_sources(config)
+    ]
 
 
-def _exposure(rows: list[Reading], *, config: RunConfig, counted: float | None) -> Exposure:
-    last, total = rows[-1], sum(stage.stage.tokens for stage in config.stages)
-    unique = counted if counted is not None else last.source.unique_tokens
-    caps = [row.source.max_epochs for row in rows if row.source.max_epochs is not None]
+def by_source(found: list[Reading], name: str) -> list[Reading]:
+    return [reading for reading in found if reading.source == name]
+
+
+def _exposure(name: str, *, found: list[Reading], now: list[Reading], config: RunConfig, sizes: Sizes, begun: bool) -> Exposure:
+    most = max(found, key=lambda reading: reading.tokens_after, default=None)
+    read = max(now, key=lambda reading: reading.tokens_after, default=None)
+    caps = [stage.mixture.sources[name].max_epochs for stage in config.stages if name in stage.mixture.sources]
+    repeat = next((reading for reading in found if reading.first_repeat is not None), None)
+    tokens = most.tokens_after if most else 0.0
     return Exposure(
-        source=last.name,
-        share=last.after / total,
-        tokens=last.after,
-        unique_tokens=unique,
-        epochs=None if unique is None else last.after / unique,
-        max_epochs=min(caps, default=None),
-        first_repeat_token=None if unique is None else _first_repeat(rows, config=config, unique=unique),
+        source=name,
+        share=tokens / sum(stage.stage.tokens for stage in config.stages),
+        tokens=tokens,
+        unique_tokens=sizes[name].tokens if name in sizes else None,
+        epochs=most.epochs if most else 0.0,
+        max_epochs=min((cap for cap in caps if cap is not None), default=None),
+        first_repeat_token=_token_of(repeat, config=config),
+        first_repeat_stage=repeat.stage if repeat else None,
+        first_repeat_step=_step_of(repeat, config=config),
+        tokens_read=(read.tokens_after if read else 0.0) if begun else None,
+        epochs_read=(read.epochs if read else 0.0) if begun else None,
     )
 
 
-def _first_repeat(rows: list[Reading], *, config: RunConfig, unique: float) -> float | None:
-    """Shares are spread evenly over a stage, so the source's end is reached at a proportional place in it."""
-    starts: dict[str, float] = {}
-    for stage in config.stages:
-        starts[stage.stage.name] = sum(starts_of.stage.tokens for starts_of in config.stages[: len(starts)])
-    for row in rows:
-        if row.before <= unique < row.after:
-            return float(round(starts[row.stage.stage.name] + (unique - row.before) / row.source.share))
-    return None
+def _token_of(repeat: Reading | None, *, config: RunConfig) -> float | None:
+    """The run's token count at a reading's first repeat: its stages one after another."""
+    if repeat is None or repeat.first_repeat is None:
+        return None
+    before = config.stages[: config.stage_names.index(repeat.stage)]
+    here = repeat.first_repeat * config.stage(repeat.stage).stage.seq_length
+    return float(here + sum(stage.stage.num_samples * stage.stage.seq_length for stage in before))
+
+
+def _step_of(repeat: Reading | None, *, config: RunConfig) -> int | None:
+    """The step of the stage (from 1) whose batch holds the first repeat."""
+    if repeat is None or repeat.first_repeat is None:
+        return None
+    return plan_stage(config.stage(repeat.stage), cluster=config.cluster).steps_at(repeat.first_repeat + 1)

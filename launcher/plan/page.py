@@ -1,12 +1,13 @@
 """`phidias plan` and `phidias exposure` for people."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
+from launcher.config.reading import Sizes
 from launcher.config.schema import ModelConfig, RunConfig
 from launcher.plan.document import plan_document
 from launcher.plan.exposure import Exposure
@@ -16,9 +17,9 @@ UNITS = (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3))
 UNKNOWN = "–"
 
 
-def print_plan(config: RunConfig, *, console: Console | None = None) -> None:
+def print_plan(config: RunConfig, *, sizes: Sizes | None = None, console: Console | None = None) -> None:
     console = console or Console(highlight=False)
-    stages = plan_document(config)
+    stages = plan_document(config, sizes=sizes)
     table = Table(
         title=f"[bold]{config.run.name}[/]: {model_line(config.model)}", title_justify="left", box=None, pad_edge=False
     )
@@ -44,7 +45,8 @@ def stage_lines(stage: dict[str, Any]) -> Iterable[tuple[str, str]]:
     yield "steps", f"{stage['num_steps']:,}"
     yield "tokens/step", short(stage["tokens_per_step"])
     yield "sequence length", f"{stage['seq_length']:,}"
-    yield "global batch", f"{stage['global_batch_size']:,}"
+    sizes = [row["size"] for row in stage["batches"]]
+    yield "global batch", f"{sizes[-1]:,}" + (f" from {sizes[0]:,} in {len(sizes) - 1} steps up" if len(sizes) > 1 else "")
     yield "RoPE base", f"{stage['rotary_base']:,}"
     yield "precision", stage["precision"]
     yield "cluster", f"{stage['cluster']}, {stage['world_size']:,} ranks"
@@ -54,31 +56,50 @@ def stage_lines(stage: dict[str, Any]) -> Iterable[tuple[str, str]]:
     yield "parameters/rank", " ".join(short(count) for count in stage["params_by_pipeline_stage"])
     yield "FLOPs/token", ", ".join(f"{short(flops[name], flop=True)} {name}" for name in ("full", "causal", "sixn"))
     yield "warm-up", f"{stage['warmup_steps']:,} steps"
-    yield "checkpoints", f"every {stage['checkpoint_interval']:,} steps"
-    yield "validation", f"every {stage['validation_interval']:,} steps"
+    for label, samples in (("checkpoints", stage["checkpoint_samples"]), ("validation", stage["validation_samples"])):
+        yield label, f"every {max(1, round(samples / stage['global_batch_size'])):,} steps"
     yield "sources", ", ".join(f"{name} {share:.4g}" for name, share in stage["sources"].items())
+    yield "mixture phases", " ".join(["from 0", *(short(phase["start_tokens"]) for phase in stage["phases"][1:])])
 
 
-def print_exposure(config: RunConfig, *, rows: Iterable[Exposure], console: Console | None = None) -> None:
+def print_exposure(config: RunConfig, *, rows: Sequence[Exposure], console: Console | None = None) -> None:
+    """The table of `phidias exposure`; of a run that has begun, with what it has read by now."""
     console = console or Console(highlight=False)
     tokens = sum(stage.stage.tokens for stage in config.stages)
+    begun = any(row.tokens_read is not None for row in rows)
     title = f"[bold]{config.run.name}[/]: {short(tokens)} tokens over {', '.join(config.stage_names)}"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for name in ("source", "share", "tokens", "unique", "epochs", "cap", "repeats from"):
+    columns = (
+        "source",
+        "share",
+        "tokens",
+        "unique",
+        "epochs",
+        "cap",
+        "repeats from",
+        "at step",
+        *(("read", "epochs so far") if begun else ()),
+    )
+    for name in columns:
         table.add_column(name, justify="left" if name == "source" else "right", header_style="bold cyan")
     for row in rows:
-        epochs = UNKNOWN if row.epochs is None else f"{row.epochs:.2f}"
-        cap = UNKNOWN if row.max_epochs is None else f"{row.max_epochs:g}"
-        table.add_row(
-            row.source,
-            f"{row.share:.2%}",
-            short(row.tokens),
-            short(row.unique_tokens),
-            epochs,
-            cap,
-            short(row.first_repeat_token),
-        )
+        table.add_row(*exposure_cells(row), *((short(row.tokens_read), epochs(row.epochs_read)) if begun else ()))
     console.print(Panel.fit(table, border_style="dim"))
+
+
+def exposure_cells(row: Exposure) -> Iterable[str]:
+    yield row.source
+    yield f"{row.share:.2%}"
+    yield short(row.tokens)
+    yield short(row.unique_tokens)
+    yield epochs(row.epochs)
+    yield UNKNOWN if row.max_epochs is None else f"{row.max_epochs:g}"
+    yield short(row.first_repeat_token)
+    yield UNKNOWN if row.first_repeat_step is None else f"{row.first_repeat_stage} {row.first_repeat_step:,}"
+
+
+def epochs(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value:.2f}"
 
 
 def short(value: float | None, *, flop: bool = False) -> str:

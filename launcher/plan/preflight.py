@@ -1,58 +1,65 @@
-"""Before training: is the data there, made by this tokenizer, and enough for every stage? Reads manifests."""
+"""Before training: is the data there, made by this tokenizer, and enough for every stage? Reads manifests and file sizes."""
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from data_prep.errors import DataError
 from data_prep.manifest import Manifest, damaged_shards, read_manifest
 from data_prep.tokenizers import build_tokenizer
-from launcher.config.check_mixture import check_caps
+from launcher.config.check_mixture import check_amounts, check_caps
 from launcher.config.errors import ConfigError, Problem
+from launcher.config.reading import all_sources
 from launcher.config.schema import RunConfig
 from launcher.config.validate import merge_over_stages
+from launcher.plan.prepared import Prepared, folder_of, read_source
 
 RUN_DATA = "run `phidias data` with the same overrides"
 
 
-def check_data_ready(config: RunConfig) -> dict[str, Manifest]:
-    """The manifest of every source; ConfigError with everything that keeps the run from reading its data."""
-    manifests, problems = read_manifests(config)
-    problems += [*check_tokenizer(config, manifests=manifests), *check_vocabulary(config, manifests=manifests)]
+def check_data_ready(config: RunConfig) -> Prepared:
+    """What is prepared; ConfigError with everything that keeps the run from reading its data."""
+    prepared, problems = read_sources(config)
+    problems += [
+        *check_tokenizer(config, manifests=prepared.manifests),
+        *check_vocabulary(config, manifests=prepared.manifests),
+    ]
     found: list[tuple[str | None, Problem]] = [(None, problem) for problem in problems]
-    found += check_windows(config, manifests=manifests)
-    found += check_caps(config, unique_tokens={name: manifest.train.tokens for name, manifest in manifests.items()})
+    found += check_windows(config, prepared=prepared)
+    found += check_amounts(config, sizes=prepared.sizes, prepared=not problems)
+    found += check_caps(config, sizes=prepared.sizes)
     if found:
         raise ConfigError(*merge_over_stages(found, names=config.stage_names))
-    return manifests
+    return prepared
 
 
-def counted_tokens(config: RunConfig) -> dict[str, float]:
-    """Training tokens of the sources that are prepared."""
-    directories = [Path(config.run.data_dir) / name for name in source_names(config)]
-    prepared = [directory for directory in directories if (directory / "manifest.json").exists()]
-    return {directory.name: float(read_manifest(directory).train.tokens) for directory in prepared}
-
-
-def source_names(config: RunConfig) -> list[str]:
-    return list(dict.fromkeys(name for stage in config.stages for name in stage.mixture.sources))
-
-
-def read_manifests(config: RunConfig) -> tuple[dict[str, Manifest], list[Problem]]:
-    manifests, problems = {}, []
-    for name in source_names(config):
-        directory = Path(config.run.data_dir) / name
+def read_sources(config: RunConfig) -> tuple[Prepared, list[Problem]]:
+    prepared, problems = Prepared(), []
+    for name in all_sources(config):
+        path = f"mixture.sources.{name}"
         try:
-            manifests[name] = manifest = read_manifest(directory)
-            for damage in damaged_shards(directory, manifest=manifest):
-                rule = "shards are written once and never repaired"
-                fix = f"restore it, or remove {directory} and {RUN_DATA}"
-                problems.append(Problem(f"mixture.sources.{name}", damage, rule, fix))
+            missing = read_source(config, name, into=prepared)
+            rule = "windows other than stream are read through a table that `phidias data` prepares"
+            problems += [Problem(path, found, rule, RUN_DATA) for found in missing]
         except DataError as error:
-            missing = not (directory / "manifest.json").exists()
-            found = f"no data ({directory / 'manifest.json'} is missing)" if missing else str(error)
-            rule = "a source is read from its shards and their manifest"
-            problems.append(Problem(f"mixture.sources.{name}", found, rule, RUN_DATA))
-    return manifests, problems
+            problems += unreadable(config, name, error=error)
+    return prepared, problems
+
+
+def unreadable(config: RunConfig, name: str, *, error: DataError) -> Iterator[Problem]:
+    """Every shard that is damaged, or what keeps the manifest from being read."""
+    folder, path = folder_of(config, name), f"mixture.sources.{name}"
+    rule = "a source is read from its shards and their manifest"
+    if not folder.states(["manifest.json"]):
+        yield Problem(path, f"no data ({folder.path('manifest.json')} is missing)", rule, RUN_DATA)
+        return
+    try:
+        damages = damaged_shards(folder, manifest=read_manifest(folder))
+    except DataError:
+        damages = []
+    for damage in damages:
+        fix = f"restore it, or remove {folder.path('')} and {RUN_DATA}"
+        yield Problem(path, damage, "shards are written once and never repaired", fix)
+    if not damages:
+        yield Problem(path, str(error), rule, RUN_DATA)
 
 
 def check_tokenizer(config: RunConfig, *, manifests: Mapping[str, Manifest]) -> list[Problem]:
@@ -84,12 +91,12 @@ def check_vocabulary(config: RunConfig, *, manifests: Mapping[str, Manifest]) ->
     return problems
 
 
-def check_windows(config: RunConfig, *, manifests: Mapping[str, Manifest]) -> Iterator[tuple[str | None, Problem]]:
+def check_windows(config: RunConfig, *, prepared: Prepared) -> Iterator[tuple[str | None, Problem]]:
     for stage in config.stages:
         needed = stage.stage.seq_length + 1
         for name in stage.mixture.sources:
-            if name in manifests and manifests[name].train.tokens < needed:
-                found = f"{manifests[name].train.tokens} tokens"
+            if name in prepared.sizes and prepared.sizes[name].tokens < needed:
+                found = f"{prepared.sizes[name].tokens} tokens"
                 rule = f"one window at stage.seq_length {stage.stage.seq_length} takes {needed}"
                 fix = "add documents, shorten stage.seq_length, or leave the source out"
                 yield stage.stage.name, Problem(f"mixture.sources.{name}", found, rule, fix)

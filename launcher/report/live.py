@@ -18,6 +18,7 @@ from launcher.config.schema import RunConfig
 from launcher.plan.stage import plan_stage
 from launcher.report.format import MISSING, format_count, format_duration, format_number, format_percent
 from launcher.report.progress import STARTING, Progress, RecordTail, progress_line, validation_line
+from launcher.rundir.order import stage_shares
 from launcher.rundir.paths import RunDir
 from launcher.rundir.records import parse_status
 
@@ -46,6 +47,7 @@ class LiveView:
         self._console = console or Console(highlight=False)
         self._tail = RecordTail(run.metrics)
         self._steps = {stage.stage.name: plan_stage(stage, cluster=config.cluster).num_steps for stage in config.stages}
+        self._shares = stage_shares(run, config)
         self._progress = Progress()
         # What an earlier launch left: it says nothing about this one.
         self._stale_status = self._status_text()
@@ -180,10 +182,10 @@ class LiveView:
         table = Table(box=None, pad_edge=False, header_style="dim", expand=True)
         for name in ("source", "share", "tokens", "loss", "held-out"):
             table.add_column(name, justify="left" if name == "source" else "right", no_wrap=True)
-        for name, source in self._config.stage(stage).mixture.sources.items():
+        for name in self._config.stage(stage).mixture.sources:
             table.add_row(
                 name,
-                format_percent(source.share),
+                format_percent(self._shares.get(stage, {}).get(name)),
                 format_count(train.get("tokens_by_source", {}).get(name)),
                 format_number(train.get("loss_by_source", {}).get(name)),
                 format_number(held_out.get("loss_by_source", {}).get(name)),

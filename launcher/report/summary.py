@@ -14,8 +14,10 @@ from data_prep.manifest import Manifest, read_manifest
 from data_prep.statistics import unigram_entropy
 from data_prep.stream import SourceStream
 from launcher.config.schema import RunConfig
+from launcher.plan.prepared import folder_of
 from launcher.report.format import format_count, format_duration, format_number, format_percent
 from launcher.report.history import History, StageHistory, first_value, last_value, read_history
+from launcher.rundir.order import stage_shares
 from launcher.rundir.paths import RunDir
 
 
@@ -97,10 +99,11 @@ class Summary:
 def summarise(run: RunDir, config: RunConfig, *, history: History | None = None) -> Summary:
     """Reads metrics, manifests and the held-out text; a `history` already read is used as it is."""
     history = read_history(run) if history is None else history
-    sources = tuple(_summarise_source(name, config=config, history=history) for name in source_names(config))
+    shares = stage_shares(run, config)
+    sources = tuple(_summarise_source(name, config=config, history=history, shares=shares) for name in source_names(config))
     stage = mixture_stage(config, history=history)
     # As training does, over the sources that have held-out text; the entropy over the very same ones.
-    shares = {source.name: source.shares[stage] for source in sources if source.held_out_loss and stage in source.shares}
+    weights = {source.name: source.shares[stage] for source in sources if source.held_out_loss and stage in source.shares}
     return Summary(
         name=config.run.name,
         state=history.status.get("state", "not started"),
@@ -109,8 +112,8 @@ def summarise(run: RunDir, config: RunConfig, *, history: History | None = None)
         stages=tuple(_summarise_stage(stage) for stage in history.stages),
         sources=sources,
         mixture_stage=stage,
-        held_out_loss=weighted_mean({source.name: source.held_out_loss for source in sources}, weights=shares),
-        entropy=weighted_mean({source.name: source.entropy for source in sources}, weights=shares),
+        held_out_loss=weighted_mean({source.name: source.held_out_loss for source in sources}, weights=weights),
+        entropy=weighted_mean({source.name: source.entropy for source in sources}, weights=weights),
         places=find_places(run, config=config),
     )
 
@@ -156,13 +159,15 @@ def _summarise_stage(stage: StageHistory) -> StageSummary:
     )
 
 
-def _summarise_source(name: str, *, config: RunConfig, history: History) -> SourceSummary:
+def _summarise_source(
+    name: str, *, config: RunConfig, history: History, shares: Mapping[str, Mapping[str, float]]
+) -> SourceSummary:
     settings = {stage.stage.name: stage.mixture.sources[name] for stage in config.stages if name in stage.mixture.sources}
     validated = _last_validated(name, stages=history.stages)
-    manifest = _read_manifest(Path(config.run.data_dir) / name)
+    manifest = _read_manifest(config, name)
     return SourceSummary(
         name=name,
-        shares={stage: source.share for stage, source in settings.items()},
+        shares={stage: row.get(name, 0.0) for stage, row in shares.items() if stage in settings},
         tokens=sum(_last(stage.train.tokens_by_source, name) or 0.0 for stage in history.stages),
         unique_tokens=manifest.train.tokens if manifest else None,
         max_epochs=list(settings.values())[-1].max_epochs,
@@ -181,10 +186,10 @@ def _last_validated(name: str, *, stages: Iterable[StageHistory]) -> StageHistor
     return validated[-1] if validated else None
 
 
-def _read_manifest(directory: Path) -> Manifest | None:
+def _read_manifest(config: RunConfig, name: str) -> Manifest | None:
     """None where the data lies elsewhere: a run directory is readable without it."""
     try:
-        return read_manifest(directory)
+        return read_manifest(folder_of(config, name))
     except (OSError, DataError):
         return None
 
@@ -196,7 +201,7 @@ def _held_out_entropy(name: str, *, config: RunConfig, stage: StageHistory | Non
         return None
     evaluated = int(_last(stage.validation.tokens_by_source, name) or 0)
     try:
-        stream = SourceStream(Path(config.run.data_dir) / name, name=name, split="held_out")
+        stream = SourceStream(folder_of(config, name), name=name, split="held_out")
         return unigram_entropy(stream.read(1, evaluated)) if evaluated else None
     except (OSError, DataError):
         # The manifest may have been copied here without its shards.

@@ -12,13 +12,15 @@ from launcher.rundir.paths import RunDir
 Change = tuple[str, Any, Any]  # dotted path, frozen value, new value
 ABSENT = "absent"
 
-# A run is its model, its tokenizer and its data order. Paths may move, the manifests' fingerprints tell whether the text is the
-# same; caps and guesses about sizes are not part of the order.
+# A run is its model, its tokenizer and its text. Paths may move, the manifests' fingerprints tell whether the text is the same.
+# Amounts and phases of a mixture may change: what was read stays, the change is a phase of its own (rundir/order.py).
 FIXED = re.compile(
-    r"model\.|run\.seed$|tokenizer\.(kind|eod)$|data\.(chunk_tokens|group_tokens|held_out_fraction)$"
-    r"|stages\.[^.]+\.stage\.(seq_length|rotary_base|init_from)$"
+    r"model\.|run\.seed$|tokenizer\.(kind|eod)$|data\.(chunk_tokens|group_tokens|held_out_fraction|length_buckets)$"
+    r"|stages\.[^.]+\.stage\.(seq_length|rotary_base|init_from|replay_from_tokens)$"
+    r"|stages\.[^.]+\.stage\.(reset_attention_mask|reset_position_ids|eod_mask_loss)$"
     r"|stages\.[^.]+\.layout\.distributed_optimizer$"  # its checkpoints hold the optimizer in another form
-    r"|stages\.[^/]+\.mixture\.sources\.(?!.*\.(inputs|max_epochs|unique_tokens)$)"
+    r"|stages\.[^/]+\.mixture\.windows$"
+    r"|stages\.[^/]+\.mixture\.sources\..*\.(format|text_field|parent|min_document_tokens|windows)$"
 )
 
 

@@ -13,24 +13,26 @@ from launcher.config.errors import ConfigError, Problem
 from launcher.config.schema import SCHEMA_VERSION, RunConfig, StageConfig
 from launcher.config.validate import dump_run, shown, validate_run
 from launcher.plan.document import plan_document
+from launcher.plan.prepared import Prepared
 from launcher.rundir.amend import Changes, compare, describe_refusal
 from launcher.rundir.checkpoints import newest_checkpoint
 from launcher.rundir.code import code_version
 from launcher.rundir.exits import RunStateError
 from launcher.rundir.lock import lock_run
+from launcher.rundir.order import record_order, recorded_tables
 from launcher.rundir.paths import RunDir
 from launcher.rundir.records import append_record, read_json, write_atomic, write_json
 
 # From each older schema_version to the next, so that new code resumes old runs.
-UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: lambda tree: add_reading(tree)}
 STAGE_TOKENS = re.compile(r"stages\.[^.]+\.stage\.tokens$")
 HEADER = "# Frozen by phidias {version}. Ranks read this file; change it by overrides to `phidias train`, not by hand.\n"
 
 
-def open_run(config: RunConfig, *, on_change: Callable[[str], None] = lambda line: None) -> RunDir:
-    """The run's directory, created or opened again, with `config` frozen in it.
+def open_run(config: RunConfig, *, prepared: Prepared, on_change: Callable[[str], None] = lambda line: None) -> RunDir:
+    """The run's directory, created or opened again, with `config` and the order of its data frozen in it.
 
-    Stages that it does not hold yet are added; what may change (layout, cluster, batch, tokens, ...) is amended and
+    Stages that it does not hold yet are added; what may change (layout, cluster, batch, tokens, mixture, ...) is amended and
     recorded, and `on_change` is told each change.
     RunStateError where the directory is another run's, is live, or differs in what a run is; ConfigError where the stages
     together break a rule that each one keeps."""
@@ -39,9 +41,10 @@ def open_run(config: RunConfig, *, on_change: Callable[[str], None] = lambda lin
     make_folder(run, runs_dir=config.run.runs_dir)
     with lock_run(run):
         if run.config.exists():
-            _reopen(run, config=config, on_change=on_change)
+            _reopen(run, config=config, prepared=prepared, on_change=on_change)
         else:
-            _write(run, config=config)
+            record_order(run, config, selected=config.stage_names, prepared=prepared, on_change=on_change)
+            _write(run, config=config, prepared=prepared)
             append_record(run.events, "created", stages=list(config.stage_names))
         _record_code(run)
     return run
@@ -96,7 +99,7 @@ def make_folder(run: RunDir, *, runs_dir: str) -> None:
         raise ConfigError(Problem("run.runs_dir", found, rule, "a folder that you may write to")) from error
 
 
-def _reopen(run: RunDir, *, config: RunConfig, on_change: Callable[[str], None]) -> None:
+def _reopen(run: RunDir, *, config: RunConfig, prepared: Prepared, on_change: Callable[[str], None]) -> None:
     frozen = read_config(run)
     changes = compare(frozen, config=config)
     if changes.refused:
@@ -106,7 +109,9 @@ def _reopen(run: RunDir, *, config: RunConfig, on_change: Callable[[str], None])
     merged = merge(frozen, config=config)
     if merged != frozen:
         check_run(merged)
-        _write(run, config=merged)
+    record_order(run, merged, selected=config.stage_names, prepared=prepared, on_change=on_change)
+    if merged != frozen:
+        _write(run, config=merged, prepared=prepared)
         _record(run, changes=changes)
         for path, old, new in changes.amended:
             on_change(f"amended: {path} {shown(old)} -> {shown(new)}")
@@ -144,10 +149,25 @@ def refuse_unreading(run: RunDir, *, config: RunConfig) -> None:
             raise RunStateError(f"{found}; a stage does not shrink below what it read. Fix: more tokens, or another run.name")
 
 
-def _write(run: RunDir, *, config: RunConfig) -> None:
+def add_reading(tree: dict[str, Any]) -> dict[str, Any]:
+    """Schema 1 to 2: how data was read before it could be said."""
+    reading: dict[str, Any] = dict(
+        length_buckets=[], reader="mmap", cache_dir=None, cache_gib=100.0, prefetch_batches=2, trace=False
+    )
+    masks = dict(reset_attention_mask=False, reset_position_ids=False, eod_mask_loss=False)
+    stage = dict(rampup_batch_size=None, replay_from_tokens=None, **masks)
+    rows = [
+        {**row, "stage": {**stage, **row["stage"]}, "layout": {"cp_comm_type": "p2p", **row["layout"]}}
+        for row in tree["stages"]
+    ]
+    return {**tree, "data": {**reading, **tree["data"]}, "stages": rows}
+
+
+def _write(run: RunDir, *, config: RunConfig, prepared: Prepared) -> None:
     text = yaml.safe_dump(dump_run(config), sort_keys=False, width=128, allow_unicode=True)
     write_atomic(run.config, HEADER.format(version=code_version()["version"]) + text)
-    write_json(run.plan, plan_document(config))
+    tables = {name: rows for name, rows in recorded_tables(run).items() if name in config.stage_names}
+    write_json(run.plan, plan_document(config, sizes=prepared.sizes, tables=tables))
 
 
 def _record(run: RunDir, *, changes: Changes) -> None:

@@ -23,6 +23,11 @@ class RunDir:
         return self.root / "plan.json"
 
     @property
+    def order(self) -> Path:
+        """Which mixture holds from which sample on, and the shards as they were at launch."""
+        return self.root / "order.json"
+
+    @property
     def code(self) -> Path:
         return self.root / "code.json"
 
@@ -33,6 +38,11 @@ class RunDir:
     @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
+
+    @property
+    def window_trace(self) -> Path:
+        """Which windows each rank read, batch by batch, where data.trace asks for it."""
+        return self.root / "windows.jsonl"
 
     @property
     def status(self) -> Path:

@@ -12,10 +12,13 @@ from data_prep.errors import DataError
 from data_prep.manifest import Manifest, import_shards, verify_source
 from data_prep.spec import Source
 from data_prep.tokenizers import build_tokenizer, tokenizer_entry
+from data_prep.windows import WindowTable, build_window_table
 from launcher.config.errors import ConfigError, Problem
+from launcher.config.reading import all_sources
 from launcher.config.schema import RunConfig
 from launcher.plan.page import short
 from launcher.plan.preflight import check_vocabulary
+from launcher.plan.prepared import wanted_tables
 from launcher.rundir.exits import ExitClass
 from launcher.verbs.data_progress import DataProgress
 from launcher.verbs.request import Request
@@ -28,13 +31,21 @@ def act(request: Request) -> int:
     if request.options.get("dry") == "true" and "action" in request.options:
         rule = "dry=true lists what would be prepared, an action deals with shards that are there"
         raise ConfigError(Problem("dry", f"dry=true with action={request.options['action']}", rule, "leave one of them out"))
+    refuse_remote(request.config)
     action = list_only if request.options.get("dry") == "true" else actions[request.options.get("action")]
     return action(request.config, console=Console(highlight=False, markup=False))  # file names may hold [brackets]
 
 
+def refuse_remote(config: RunConfig) -> None:
+    if "://" in config.run.data_dir:
+        rule = "shards are written and verified on a file system of this machine; training reads them from object storage too"
+        fix = "a local folder; copy it there when it is whole"
+        raise ConfigError(Problem("run.data_dir", config.run.data_dir, rule, fix))
+
+
 def sources_of(config: RunConfig) -> dict[str, Source]:
-    """The union over the stages; that one name is one source is checked with the config."""
-    return {name: source for stage in config.stages for name, source in stage.mixture.sources.items()}
+    """The sources of all stages that are made from inputs; buckets are part of their parents."""
+    return {name: source for name, source in all_sources(config).items() if source.parent is None}
 
 
 def prepare(config: RunConfig, *, console: Console) -> int:
@@ -49,11 +60,33 @@ def prepare(config: RunConfig, *, console: Console) -> int:
             data_dir=Path(config.run.data_dir),
             on_progress=progress.update,
         )
+    tables = build_tables(config)
     console.print(f"data in {config.run.data_dir}:")
     console.print(manifest_table(manifests))
+    if tables:
+        console.print(window_table(tables))
     if problems := check_vocabulary(config, manifests=manifests):
         raise ConfigError(*problems)
     return ExitClass.DONE
+
+
+def build_tables(config: RunConfig) -> dict[str, WindowTable]:
+    """The window table of every source that a stage reads in other windows than a stream's."""
+    tables = {}
+    for name, source, kind, seq_length in wanted_tables(config):
+        directory, least = Path(config.run.data_dir) / (source.parent or name), source.min_document_tokens or 0
+        tables[name] = build_window_table(directory, name=name, kind=kind, seq_length=seq_length, min_document_tokens=least)
+    return tables
+
+
+def window_table(tables: dict[str, WindowTable]) -> Table:
+    table = Table("windows of", "kind", box=None, pad_edge=False, header_style="bold cyan")
+    for column in ("length", "windows", "tokens", "unread documents", "unread tokens"):
+        table.add_column(column, justify="right")
+    for name, row in tables.items():
+        figures = (row.seq_length, row.num_windows, row.tokens, row.unread_documents, row.unread_tokens)
+        table.add_row(name, row.kind, *(short(figure) for figure in figures))
+    return table
 
 
 def refuse_unreadable_tokenizer(config: RunConfig) -> None:

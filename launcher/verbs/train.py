@@ -17,9 +17,9 @@ def act(request: Request) -> int:
 
     config = request.config
     refuse_slurm(config)
-    check_data_ready(config)
+    prepared = check_data_ready(config)
     refuse_headless(RunDir(Path(config.run.runs_dir) / config.run.name), config)
-    return train(open_run(config, on_change=print), config)
+    return train(open_run(config, prepared=prepared, on_change=print), config)
 
 
 def refuse_slurm(config: RunConfig) -> None:

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.config.check import check_run
-from launcher.config.check_mixture import check_caps
+from launcher.config.check_mixture import check_amounts, check_caps
 from launcher.config.compose import compose_run
 from launcher.config.errors import ConfigError, LayoutError
+from launcher.config.reading import SourceSize, assumed_sizes
 from launcher.plan.stage import plan_stage
 
 DEMO = compose_run(["run=demo"])
@@ -72,8 +73,98 @@ LAYOUTS = [
         ["needs layout.distributed_optimizer"],
     ),
     ([ONE, "layout.overlap_param_gather=true"], "layout.overlap_param_gather", ["needs layout.overlap_grad_reduce"]),
+    (
+        [ONE, "stage.rampup_batch_size={start: 8, increment: 8, tokens: 1e5}"],
+        "stage.rampup_batch_size",
+        ["a batch of 8", "a multiple of 16", "start and increment that are multiples of 16"],
+    ),
+    (
+        [ONE, "stage.rampup_batch_size={start: 16, increment: 8, tokens: 1e5}"],
+        "stage.rampup_batch_size",
+        ["a batch of 24", "a multiple of 16"],
+    ),
+    (
+        ["stage=demo_midtrain", "layout.vpp=2", "stage.rampup_batch_size={start: 2, increment: 2, tokens: 1e5}"],
+        "stage.rampup_batch_size",
+        ["a batch of 2", "a multiple of 4", "* pp with virtual stages"],
+    ),
 ]
+LONG = "+mixture.sources.code_long="
 CONFIGS = [
+    ([ONE, "mixture.sources.code.inputs=[]"], "mixture.sources.code.inputs", ["a source is made from files", "or a parent"]),
+    ([ONE, "mixture.sources.code.format=null"], "mixture.sources.code.format", ["found nothing", "jsonl, parquet, text"]),
+    (
+        [ONE, "+mixture.sources.code.parent=prose", "+mixture.sources.code.min_document_tokens=8192"],
+        "mixture.sources.code.inputs",
+        ["it is the long documents of prose, which has the inputs", "leave inputs and format out"],
+    ),
+    ([ONE, LONG + "{parent: code, share: 0.0}"], "mixture.sources.code_long.parent", ["found code", "set both, or neither"]),
+    (
+        [ONE, "+mixture.sources.code.min_document_tokens=8192"],
+        "mixture.sources.code.min_document_tokens",
+        ["found 8192", "parent names it", "set both, or neither"],
+    ),
+    (
+        [ONE, LONG + "{parent: nowhere, min_document_tokens: 8192, share: 0.0}"],
+        "mixture.sources.code_long.parent",
+        ["found nowhere", "another source of the run", "code, prose, reference"],
+    ),
+    (
+        [ONE, LONG + "{parent: code_long, min_document_tokens: 8192, share: 0.0}"],
+        "mixture.sources.code_long.parent",
+        ["found code_long", "with inputs of its own"],
+    ),
+    (
+        [ONE, LONG + "{parent: code, min_document_tokens: 1000, share: 0.0}"],
+        "mixture.sources.code_long.min_document_tokens",
+        ["found 1000", "from 8192, 16384 tokens up"],
+    ),
+    (
+        [ONE, "+mixture.sources.more={inputs: [x], format: text}"],
+        "mixture.sources.more",
+        ["found no amount", "in the mixture or in one of its phases", "mixture.sources.more.share=0.1 (0: not read)"],
+    ),
+    ([ONE, "+mixture.sources.code.tokens=5e4"], "mixture.sources.code", ["share 0.5 and tokens 50000", "keep one of them"]),
+    (
+        [ONE, "+mixture.phases=[{start_tokens: 1e6, sources: {novels: {share: 1.0}}}]"],
+        "mixture.phases.0.sources.novels",
+        ["a phase reads sources of the mixture (code, reference, prose)", "describe it under mixture.sources"],
+    ),
+    (
+        [ONE, "+mixture.phases=[{start_tokens: 1e9, sources: {code: {share: 1.0}}}]"],
+        "mixture.phases.0.start_tokens",
+        ["found 1e+09", "it would never start", "raise stage.tokens"],
+    ),
+    (
+        [ONE, "+mixture.phases=[{start_tokens: 1e6, sources: {code: {share: 0.5}}}]"],
+        "mixture.phases.sources",
+        ["in sum 0.5", "must sum to 1"],
+    ),
+    ([ONE, "stage.replay_from_tokens=0"], "stage.replay_from_tokens", ["it starts from none", "replay_from_tokens=null"]),
+    (["stage.replay_from_tokens=2.5e6"], "stage.replay_from_tokens", ["stage demo_pretrain ends at 2.5e+06 tokens"]),
+    ([ONE, "data.length_buckets=[16384,8192]"], "data.length_buckets", ["longer than the one before", "[8192,16384]"]),
+    ([ONE, "data.length_buckets=[8192,8192]"], "data.length_buckets", ["[8192, 8192]", "data.length_buckets=[8192]"]),
+    ([ONE, "stage.reset_position_ids=true"], "stage.reset_position_ids", ["no effect", "reset_attention_mask=true as well"]),
+    (
+        ["run=phi4", "stage=pretrain", "stage.reset_attention_mask=true", "layout.micro_batch_size=2"],
+        "layout.micro_batch_size",
+        ["which take one row", "stage.reset_attention_mask=false"],
+    ),
+    (
+        ["run=phi4", "stage=pretrain", "stage.reset_attention_mask=true", "layout.cp=2", "layout.cp_comm_type=all_gather"],
+        "layout.cp_comm_type",
+        ["do not go with it", "p2p, or stage.reset_attention_mask=false"],
+    ),
+    (
+        [ONE, "stage.rampup_batch_size={start: 64, increment: 8, tokens: 1e5}"],
+        "stage.rampup_batch_size",
+        ["64 in steps of 8", "must reach stage.global_batch_size (32)"],
+    ),
+    (
+        [ONE, "layout.micro_batch_size=1", "stage.rampup_batch_size={start: 8, increment: 16, tokens: 1e5}"],
+        "stage.rampup_batch_size",
+        ["8 in steps of 16", "start=16, or an increment that divides the difference"],
+    ),
     ([ONE, "mixture.sources.code.share=0.6"], "mixture.sources", ["in sum 1.1", "must sum to 1", "code 0.545455"]),
     ([ONE, "stage.seq_length=100"], "stage.seq_length", ["chunks of data.chunk_tokens (4096)", "data.chunk_tokens=4100"]),
     ([ONE, "stage.tokens=100"], "stage.tokens", ["one global batch of 4096 tokens"]),
@@ -167,6 +258,24 @@ def test_one_name_is_one_source_for_the_whole_run():
     assert caught.value.problems[0].path == "mixture.sources.code.inputs (stage demo_midtrain)"
 
 
+def test_masks_on_cpu_ranks_take_any_micro_batch():
+    check_run(with_stage(DEMO, 0, stage={"reset_attention_mask": True}, layout={"micro_batch_size": 8}))
+
+
+def test_a_bucket_may_be_read_beside_a_parent_that_is_not():
+    words = ["mixture.sources.code.share=0", LONG + "{parent: code, min_document_tokens: 8192, share: 0.5}"]
+    assert compose_run(["run=demo", ONE, *words]).stages[0].mixture.sources["code_long"].parent == "code"
+
+
+def test_epochs_of_a_source_of_unknown_size_wait_for_its_manifest():
+    words = ["run=demo", ONE, "mixture.sources.code.share=null", "+mixture.sources.code.epochs=2"]
+    with pytest.raises(ConfigError, match="shares of what tokens and epochs leave must sum to 1"):
+        compose_run([*words, "+mixture.sources.code.unique_tokens=1e5"])
+    config = compose_run(words)
+    found = list(check_amounts(config, sizes={}, prepared=True))
+    assert [(stage, problem.path) for stage, problem in found] == [("demo_pretrain", "mixture.sources.code.epochs")]
+
+
 def test_family_null_trains_what_cannot_be_exported():
     model = compose_run(["model.family=null", "model.activation=squared_relu", "model.normalization=layernorm"]).model
     assert model.family is None
@@ -191,12 +300,12 @@ def test_caps_count_what_earlier_stages_read():
     capped = with_stage(
         capped, 1, mixture={"sources": {**capped.stages[1].mixture.sources, "synthetic": replace(source, share=shares[1])}}
     )
-    assert [stage for stage, _ in check_caps(capped)] == ["midtrain"]
-    assert "13.76 epochs" in str(next(iter(check_caps(capped)))[1])
+    assert [stage for stage, _ in check_caps(capped, sizes=assumed_sizes(capped))] == ["midtrain"]
+    assert "13.76 epochs" in str(next(iter(check_caps(capped, sizes=assumed_sizes(capped))))[1])
 
 
 def test_caps_use_the_counted_tokens_where_there_are_some():
-    found = list(check_caps(PHI4, unique_tokens={"web": 1.0e9}))
+    found = list(check_caps(PHI4, sizes={**assumed_sizes(PHI4), "web": SourceSize(10**9)}))
     assert {stage for stage, _ in found} == {"pretrain", "midtrain"}
     assert all(problem.path == "mixture.sources.web.max_epochs" for _, problem in found)
 

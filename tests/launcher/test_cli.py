@@ -313,9 +313,18 @@ def test_train_reports_all_that_is_wrong_with_the_data(corpus, phidias, trained)
         "mixture.sources.code: found data made by a tokenizer with fingerprint",
         "model.padded_vocab_size: found 128; it must hold the",
         "one window at stage.seq_length 65536 takes 65537",
-        "epochs by the end of it",
     ):
         assert part in err, err
+
+
+def test_a_broken_cap_refuses_the_launch_and_is_shown_by_exposure(corpus, phidias, trained):
+    """Counted from the manifest: the mixture assumes no size."""
+    words = [*FITS, "mixture.sources.code.max_epochs=0.05"]
+    code, _, err = phidias("train", *words)
+    assert code == 2 and not trained[0] and not Path("runs/demo").exists()
+    assert "mixture.sources.code.max_epochs: found 0.05" in err and "epochs by the end of it" in err
+    code, out, err = phidias("exposure", "out=json", *words)
+    assert code == 2 and json.loads(out)[0]["max_epochs"] == 0.05 and "epochs by the end of it" in err
 
 
 def test_data_refuses_a_vocabulary_that_does_not_fit(phidias):

@@ -2,23 +2,28 @@
 
 import io
 import json
+import math
 from dataclasses import asdict, replace
+from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
 from launcher.config.compose import compose_run
+from launcher.config.reading import SourceSize
+from launcher.config.schema import RampupBatchSize
 from launcher.plan.document import plan_document
 from launcher.plan.exposure import plan_exposure
 from launcher.plan.page import print_exposure, print_plan, short
 from launcher.plan.parameters import count_by_stage, count_parameters, flops_per_token, layer_parameters
-from launcher.plan.stage import bubble_fraction, plan_stage
+from launcher.plan.stage import Batches, bubble_fraction, plan_batches, plan_stage
 
 PHI4 = compose_run(["run=phi4"])
 PRETRAIN = compose_run(["run=phi4", "stage=pretrain"])
 DEMO = compose_run(["run=demo"])
+DEMO_PRETRAIN = compose_run(["run=demo", "stage=demo_pretrain"])
 
 
 def test_phi4_is_as_published():
@@ -91,13 +96,97 @@ def test_bubble_fraction():
     assert bubble_fraction(replace(layout, pp=1, vpp=1), num_microbatches=12) == 0
 
 
+def with_ramp(*, batch, start, increment, tokens, stage_tokens=1e6, seq_length=128, micro_batch_size=1, ranks=1):
+    """The demo's first stage with a ramp, on so many ranks, and its plan."""
+    stage = DEMO_PRETRAIN.stages[0]
+    settings = replace(
+        stage.stage,
+        global_batch_size=batch,
+        seq_length=seq_length,
+        tokens=float(stage_tokens),
+        rampup_batch_size=RampupBatchSize(start=start, increment=increment, tokens=float(tokens)),
+    )
+    stage = replace(stage, stage=settings, layout=replace(stage.layout, micro_batch_size=micro_batch_size))
+    return settings, plan_stage(stage, cluster=replace(DEMO_PRETRAIN.cluster, num_nodes=1, gpus_per_node=ranks))
+
+
+def steps_taken(*, batch, start, increment, ramp_samples, num_samples):
+    """(first sample, size) of every step to the stage's end: equally many samples at each size, and a size stays for the batch
+    that it began."""
+    levels = (batch - start) // increment
+    samples = 0
+    while samples < num_samples:
+        grown = sum(samples >= Fraction(ramp_samples * level, levels) for level in range(1, levels + 1))
+        size = start + grown * increment
+        yield samples, size
+        samples += size
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    unit=st.integers(1, 4),
+    start=st.integers(1, 12),
+    increment=st.integers(1, 6),
+    levels=st.integers(0, 12),
+    ramp_samples=st.integers(1, 3000),
+    num_samples=st.integers(200, 4000),
+)
+def test_a_ramp_is_the_steps_it_comes_to(unit, start, increment, levels, ramp_samples, num_samples):
+    start, increment = start * unit, increment * unit
+    batch = start + levels * increment
+    _, plan = with_ramp(
+        batch=batch, start=start, increment=increment, tokens=ramp_samples * 128, stage_tokens=num_samples * 128, ranks=unit
+    )
+    steps = list(steps_taken(batch=batch, start=start, increment=increment, ramp_samples=ramp_samples, num_samples=num_samples))
+    assert plan.num_steps == len(steps)
+    assert plan.num_samples == num_samples
+    for step, (samples, size) in enumerate(steps):
+        assert plan.batch_size_at(samples) == size
+        assert plan.steps_at(samples) == step
+        assert plan.steps_at(samples + 1) == plan.steps_at(samples + size) == step + 1
+        assert plan.microbatches_at(samples) * unit == size
+    assert [row.size for row in plan.batches] == [*range(start, batch, increment), batch]
+
+
+def test_a_ramp_by_hand():
+    """8 samples or more at each of 2 and 4: four batches of 2; two of 4; then 6 to the end."""
+    settings, plan = with_ramp(batch=6, start=2, increment=2, tokens=16 * 128, stage_tokens=40 * 128)
+    assert plan_batches(settings) == (Batches(0, 0, 2), Batches(8, 4, 4), Batches(16, 6, 6))
+    assert [plan.batch_size_at(samples) for samples in (0, 7, 8, 15, 16, 1000)] == [2, 2, 4, 4, 6, 6]
+    assert plan.num_steps == 6 + 4
+
+
+def test_a_size_that_the_one_before_ran_past_is_left_out():
+    """A batch of 100 is 9 tenths past the border of the next three sizes."""
+    settings, plan = with_ramp(batch=104, start=100, increment=1, tokens=40 * 128, stage_tokens=1000 * 128)
+    assert [plan.batch_size_at(samples) for samples in (0, 100)] == [100, 104]
+    assert plan_batches(settings)[-1] == Batches(100, 1, 104)
+
+
+def test_without_a_ramp_every_batch_is_the_same():
+    settings = PRETRAIN.stages[0].stage
+    assert plan_batches(settings) == (Batches(0, 0, 5760),)
+    assert plan_batches(replace(settings, rampup_batch_size=RampupBatchSize(start=5760, increment=1, tokens=1e9))) == (
+        Batches(0, 0, 5760),
+    )
+
+
+def test_warmup_is_counted_in_the_steps_of_a_ramp():
+    stage = DEMO_PRETRAIN.stages[0]
+    ramp = RampupBatchSize(start=16, increment=16, tokens=128.0 * 160)
+    ramped = replace(
+        stage, stage=replace(stage.stage, rampup_batch_size=ramp), optim=replace(stage.optim, warmup_tokens=128.0 * 200)
+    )
+    assert plan_stage(ramped, cluster=DEMO_PRETRAIN.cluster).warmup_steps == 10 + 2  # 160 samples by 16, 40 by 32
+
+
 def test_document_holds_what_scripts_read():
     documents = plan_document(PHI4)
     assert [document["stage"] for document in documents] == ["pretrain", "midtrain"]
     assert documents[0]["layout"] == {"tp": 2, "pp": 2, "vpp": 2, "cp": 1, "dp": 480}
     for key in ("num_params", "num_microbatches", "num_steps", "tokens", "refusals"):
         assert key in documents[0]
-    assert json.loads(json.dumps(documents)) == documents
+    assert json.loads(json.dumps(documents)) == json.loads(json.dumps(plan_document(PHI4)))
 
 
 def test_exposure_of_phi4_is_the_reports():
@@ -106,8 +195,10 @@ def test_exposure_of_phi4_is_the_reports():
     assert epochs == {"web": 1.13, "web_rewrites": 5.07, "synthetic": 13.52, "code": 2.39, "acquired": 1.69}
     assert rows["synthetic"].share == pytest.approx(0.4)
     assert rows["synthetic"].first_repeat_token == pytest.approx(290e9 / 0.4)
+    assert rows["synthetic"].first_repeat_step == math.ceil((rows["synthetic"].first_repeat_token + 4096) / 23_592_960)
     assert list(asdict(rows["web"])) == [
-        "source", "share", "tokens", "unique_tokens", "epochs", "max_epochs", "first_repeat_token",
+        "source", "share", "tokens", "unique_tokens", "epochs", "max_epochs", "first_repeat_token", "first_repeat_stage",
+        "first_repeat_step", "tokens_read", "epochs_read",
     ]  # fmt: skip
 
 
@@ -121,7 +212,7 @@ def test_exposure_accumulates_over_stages():
 
 
 def test_counted_tokens_take_the_place_of_the_mixtures_guess():
-    rows = {row.source: row for row in plan_exposure(PRETRAIN, unique_tokens={"web": 1e12})}
+    rows = {row.source: row for row in plan_exposure(PRETRAIN, sizes={"web": SourceSize(10**12)})}
     assert (rows["web"].unique_tokens, round(rows["web"].epochs, 2), rows["code"].unique_tokens) == (1e12, 1.47, 820e9)
 
 
@@ -130,9 +221,9 @@ def test_sources_of_unknown_size_have_no_epochs():
     assert (row.unique_tokens, row.epochs, row.first_repeat_token) == (None, None, None)
 
 
-@given(unique=st.floats(1e9, 1e14))
+@given(unique=st.integers(10**9, 10**14))
 def test_a_source_repeats_exactly_when_it_is_read_more_than_once(unique):
-    (row,) = [row for row in plan_exposure(PHI4, unique_tokens={"code": unique}) if row.source == "code"]
+    (row,) = [row for row in plan_exposure(PHI4, sizes={"code": SourceSize(unique)}) if row.source == "code"]
     assert (row.first_repeat_token is not None) == (row.epochs > 1)
     if row.first_repeat_token is not None:
         assert 0 < row.first_repeat_token <= 9.8e12 + 250e9
