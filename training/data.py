@@ -1,45 +1,42 @@
-"""From the data order to this rank's micro batches.
+"""From the data order to this rank's micro batches."""
 
-Shapes: B micro batch, S sequence on this context-parallel rank (the whole sequence where cp = 1).
-"""
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
-import torch
-from megatron.core.utils import get_batch_on_this_cp_rank
 from numpy.typing import NDArray
 
 from data_prep.errors import DataError
-from data_prep.order import Blend, SourceOrder, StageOrder, carry_over
+from data_prep.mixing import PhaseRow, names_of, plan_phases, schedule_of
+from data_prep.order import SourceOrder, StageOrder, Windows, carry_over
+from data_prep.storage import FileState
 from data_prep.stream import SourceStream
+from data_prep.windows import WindowTable
+from launcher.config.reading import SourceSize, extent_of, source_order
 from launcher.config.schema import RunConfig, StageConfig
+from launcher.plan.prepared import folder_of, open_source, open_table
+from launcher.plan.stage import plan_stage
+from launcher.rundir.records import append_record
+from training.batch import PADDING, MicroBatch, Rows, micro_batches, stream_rows
 from training.parallel import Rank
+from training.rows import join_rows, packed_rows
 
-PADDING = -1  # the source of a row that fills up a batch and counts nowhere
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What one forward pass reads. `source_B` indexes the stage's sources; PADDING rows are excluded from every sum."""
-
-    tokens_BS: torch.Tensor
-    labels_BS: torch.Tensor
-    positions_BS: torch.Tensor
-    source_B: torch.Tensor
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
 class Consumed:
     """How far a source has been read: `position` windows of `seq_length` tokens, over all epochs and stages, of the data that
-    `digest` names."""
+    `digest` names. `windows` is how it was cut; of a window table `num_windows` are an epoch."""
 
     position: int
     seq_length: int
     digest: str
+    windows: str = "stream"
+    num_windows: int | None = None
 
 
 Ledger = dict[str, Consumed]
@@ -57,138 +54,245 @@ class StageData:
     """The sources of a stage, in the order its mixture names them, and which window each global sample is.
 
     `ledger` is what earlier stages consumed; a source they read goes on where they stopped. `consumed` is what the run has
-    consumed by now, on a resume. DataError where a source was prepared anew since: its windows would be other text."""
+    consumed by now, on a resume. `phases` and `shards` are what the run directory recorded of the mixture and of the files;
+    without them, the phases of the config and the files as they are. DataError where a source was prepared anew, or a shard
+    replaced, since: its windows would be other text."""
 
-    def __init__(self, config: RunConfig, stage: StageConfig, *, ledger: Ledger, consumed: Ledger | None = None):
-        data_dir, settings, seed = Path(config.run.data_dir), config.data, config.run.seed
-        self.names = list(stage.mixture.sources)
-        self.seq_length = stage.stage.seq_length
-        self.streams = [SourceStream(data_dir / name, name=name) for name in self.names]
-
+    def __init__(
+        self,
+        config: RunConfig,
+        stage: StageConfig,
+        *,
+        ledger: Ledger,
+        consumed: Ledger | None = None,
+        phases: Sequence[PhaseRow] | None = None,
+        shards: Mapping[str, Mapping[str, FileState]] | None = None,
+    ):
+        self.config, self.stage, self.seq_length = config, stage, stage.stage.seq_length
+        self.names = names_of(phases or (), first=stage.mixture.sources)
+        self.streams = [open_source(config, name) for name in self.names]
         for stream in self.streams:
             refuse_other_data(stream, consumed={**ledger, **(consumed or {})}.get(stream.name))
-
-        def order(index: int, seq_length: int) -> SourceOrder:
-            return SourceOrder(
-                name=self.names[index],
-                num_tokens=self.streams[index].num_tokens,
-                seq_length=seq_length,
-                chunk_tokens=settings.chunk_tokens,
-                group_tokens=settings.group_tokens,
-                seed=seed,
-            )
-
-        orders = [order(index, self.seq_length) for index in range(len(self.names))]
-        starts, self.skipped_tokens = [], {}
-        for index, name in enumerate(self.names):
-            before = ledger.get(name, Consumed(0, self.seq_length, self.streams[index].digest))
-            start, skipped = carry_over(order(index, before.seq_length), before.position, orders[index])
-            starts.append(start)
-            self.skipped_tokens[name] = skipped
-        shares = [source.share for source in stage.mixture.sources.values()]
-        self.order = StageOrder(orders=orders, blend=Blend(shares, seed=seed), starts=starts)
+            stream.refuse_replaced((shards or {}).get(stream.name, {}))
+        self.tables = [self._open_table(stream) for stream in self.streams]
+        sizes = {stream.name: self._size(stream, table) for stream, table in zip(self.streams, self.tables, strict=True)}
+        orders = [source_order(name, stage=stage, config=config, size=sizes[name]) for name in self.names]
+        carried = [self._carry_over(order, ledger=ledger) for order in orders]
+        self.skipped_tokens = {order.name: skipped for order, (_, skipped) in zip(orders, carried, strict=True)}
+        self.phases = phases or plan_phases(stage.mixture, extent=extent_of(stage, sizes=sizes))
+        schedule = schedule_of(self.phases, names=self.names, seed=config.run.seed)
+        self.order = StageOrder(orders=orders, schedule=schedule, starts=[start for start, _ in carried])
         self.start_ledger = ledger
+
+    def _open_table(self, stream: SourceStream) -> WindowTable | None:
+        kind = self.stage.mixture.windows_of(stream.name)
+        return None if kind == "stream" else open_table(self.config, stream, kind=kind, seq_length=self.seq_length)
+
+    def _size(self, stream: SourceStream, table: WindowTable | None) -> SourceSize:
+        if table is None:
+            return SourceSize(stream.num_tokens)
+        return SourceSize(stream.num_tokens, {(table.kind, self.seq_length): (table.num_windows, table.tokens)})
+
+    def _carry_over(self, order: SourceOrder, *, ledger: Ledger) -> tuple[int, int]:
+        """Where a source goes on, and the tokens that are skipped by that."""
+        before = ledger.get(order.name)
+        return carry_over(self._order_before(before, now=order), before.position, order) if before else (0, 0)
+
+    def _order_before(self, before: Consumed, *, now: SourceOrder) -> SourceOrder:
+        """The order by which a source was read so far."""
+        stream = self.streams[self.names.index(now.name)]
+        of_table = (before.num_windows or 0) * before.seq_length + 1
+        return SourceOrder(
+            name=now.name,
+            num_tokens=stream.num_tokens if before.windows == "stream" else of_table,
+            seq_length=before.seq_length,
+            chunk_tokens=now.chunk_tokens,
+            group_tokens=now.group_tokens,
+            seed=now.seed,
+            windows=before.windows,
+        )
 
     def ledger(self, samples: int) -> Ledger:
         """What the run has consumed of every source after `samples` sequences of this stage."""
-        positions = self.order.positions(samples)
-        rows = zip(self.streams, positions, strict=True)
-        here = {stream.name: Consumed(int(position), self.seq_length, stream.digest) for stream, position in rows}
+        here: Ledger = {}
+        for stream, table, order, position in zip(
+            self.streams, self.tables, self.order.orders, self.order.positions(samples).tolist(), strict=True
+        ):
+            num_windows = table.num_windows if table else None
+            here[stream.name] = Consumed(position, self.seq_length, stream.digest, order.windows, num_windows)
         return {**self.start_ledger, **here}
 
-    def read(self, first_sample: int, count: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Windows [count, seq_length + 1] of consecutive global samples, and the source of each [count]."""
+    def shares_at(self, samples: int) -> dict[str, float]:
+        """The share of each source in the phase that the sample before lies in."""
+        row = [row for row in self.phases if row.start_sample < max(1, samples)][-1]
+        return {name: slots / sum(row.slots.values()) for name, slots in row.slots.items()}
+
+    def read(self, first_sample: int, count: int) -> tuple[Rows, Windows]:
+        """The rows of consecutive global samples, and which windows they are."""
         windows = self.order.windows(first_sample, count)
-        rows = [
-            self.streams[source].read(int(offset), self.seq_length + 1)
-            for source, offset in zip(windows.source, windows.offset, strict=True)
-        ]
-        refuse_foreign_ids(rows, names=self.names, sources=windows.source, streams=self.streams)
-        return np.stack(rows), windows.source
+        places = [np.flatnonzero(windows.source == source) for source in range(len(self.names))]
+        parts = [self._read_source(source, windows.offset[at]) for source, at in enumerate(places) if len(at)]
+        return join_rows(parts, order=np.concatenate([at for at in places if len(at)])), windows
+
+    def _read_source(self, source: int, offsets: NDArray[np.int64]) -> Rows:
+        """Rows of one source, by their windows' places in its order."""
+        stream, table, settings = self.streams[source], self.tables[source], self.stage.stage
+        index = np.full(len(offsets), source, dtype=np.int32)
+        if table is not None and table.kind == "best_fit":
+            row, start, length = table.pieces(offsets // self.seq_length)
+            pieces = list(zip(row.tolist(), start.tolist(), length.tolist(), strict=True))
+            rows = packed_rows(stream, pieces=pieces, source=index, stage=settings)
+        else:
+            starts = offsets if table is None else table.pieces(offsets // self.seq_length)[1]
+            windows = stream.read_windows(starts, self.seq_length + 1)
+            rows = masked_rows(windows, source=index, eod_id=stream.eod_id, stage=self.stage)
+        refuse_foreign_ids(rows, stream=stream)
+        return rows
 
 
-def refuse_foreign_ids(
-    rows: Sequence[NDArray[np.int32]], *, names: Sequence[str], sources: NDArray[np.int32], streams: Sequence[SourceStream]
-) -> None:
+def refuse_foreign_ids(rows: Rows, *, stream: SourceStream) -> None:
     """A flipped bit in a shard would index past the embedding, which says nothing of where it was read."""
-    for row, source in zip(rows, sources, strict=True):
-        size, found = streams[source].manifest.tokenizer.vocab_size, int(row.max())
-        if found >= size or row.min() < 0:
-            raise DataError(
-                f"source {names[source]}: read token ids from {row.min()} to {found}, the vocabulary ends at {size}; "
-                "a shard is damaged. Fix: `phidias data action=verify` says which; restore it"
-            )
+    size = stream.manifest.tokenizer.vocab_size
+    low, high = (int(edge) for edge in (min(rows.tokens.min(), rows.labels.min()), max(rows.tokens.max(), rows.labels.max())))
+    if high >= size or low < 0:
+        raise DataError(
+            f"source {stream.name}: read token ids from {low} to {high}, the vocabulary ends at {size}; "
+            "a shard is damaged. Fix: `phidias data action=verify` says which; restore it"
+        )
 
 
 def refuse_other_data(stream: SourceStream, *, consumed: Consumed | None) -> None:
     if consumed and consumed.digest != stream.digest:
         raise DataError(
-            f"source {stream.name}: {stream.directory} was prepared anew since this run read from it; going on would repeat "
-            "and skip text unseen. Fix: restore the shards, or start another run.name on the new ones"
+            f"source {stream.name}: {stream.folder.path('')} was prepared anew since this run read from it; going on would "
+            "repeat and skip text unseen. Fix: restore the shards, or start another run.name on the new ones"
         )
 
 
-def micro_batches(
-    windows: NDArray[np.int32], sources: NDArray[np.int32], *, micro_batch_size: int, device: torch.device
-) -> list[MicroBatch]:
-    """Splits windows [N, seq_length + 1] into micro batches in order; each context-parallel rank takes its chunks."""
-    whole = torch.from_numpy(windows).to(device, torch.int64)
-    source_N = torch.from_numpy(sources).to(device, torch.int64)
-    position_S = torch.arange(whole.shape[1] - 1, device=device)
-    batches = []
-    for rows in torch.arange(len(whole), device=device).split(micro_batch_size):
-        sliced = get_batch_on_this_cp_rank(
-            {
-                "tokens": whole[rows, :-1].contiguous(),
-                "labels": whole[rows, 1:].contiguous(),
-                "positions": position_S.expand(len(rows), -1).contiguous(),
-            }
-        )
-        batches.append(MicroBatch(sliced["tokens"], sliced["labels"], sliced["positions"], source_N[rows]))
-    return batches
+def masked_rows(windows: NDArray[np.int32], *, source: NDArray[np.int32], eod_id: int, stage: StageConfig) -> Rows:
+    """Rows of windows [N, seq_length + 1] under the stage's masks."""
+    masks = stage.stage
+    return stream_rows(
+        windows,
+        source=source,
+        eod_id=eod_id,
+        reset_attention_mask=masks.reset_attention_mask,
+        eod_mask_loss=masks.eod_mask_loss,
+    )
+
+
+def needs_rows(stage: StageConfig, *, rank: Rank) -> bool:
+    """Where documents begin matters to every pipeline stage; tokens only to the first and the last."""
+    return rank.needs_tokens or stage.stage.reset_attention_mask
+
+
+class ReadAhead(Generic[Read]):
+    """Reads what comes next while the step computes. One thread: the order of reads is the order of use.
+
+    `following`: the sample after the batch that begins at one, None at the end. A read that failed raises when it is asked
+    for."""
+
+    def __init__(self, read: Callable[[int], Read], *, following: Callable[[int], int | None], depth: int):
+        self._read, self._following, self._depth = read, following, depth
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") if depth else None
+        self._pending: dict[int, Future[Read]] = {}
+
+    def get(self, first_sample: int) -> Read:
+        if self._pool is None:
+            return self._read(first_sample)
+        wanted: list[int] = [first_sample]
+        while len(wanted) <= self._depth and (after := self._following(wanted[-1])) is not None:
+            wanted.append(after)
+        for sample in [sample for sample in self._pending if sample not in wanted]:
+            self._pending.pop(sample).cancel()
+        for sample in wanted:
+            if sample not in self._pending:
+                self._pending[sample] = self._pool.submit(self._read, sample)
+        return self._pending.pop(first_sample).result()
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 class TrainingFeed:
-    """This data-parallel rank's contiguous slice of every global batch. Stages in the middle of a pipeline read nothing."""
+    """This data-parallel rank's contiguous slice of every global batch, read ahead in the background. Stages in the middle of
+    a pipeline read nothing, unless they must know where documents begin.
 
-    def __init__(self, data: StageData, stage: StageConfig, *, rank: Rank):
-        self.data, self.rank = data, rank
-        self.global_batch_size = stage.stage.global_batch_size
-        self.micro_batch_size = stage.layout.micro_batch_size
+    `trace`: a file that gets a row for each batch the step took: which windows this rank read."""
+
+    def __init__(self, data: StageData, stage: StageConfig, *, rank: Rank, trace: Path | None = None):
+        self.data, self.stage, self.rank = data, stage, rank
+        self.plan = plan_stage(stage, cluster=data.config.cluster)
+        self.trace = trace if rank.is_first_stage and rank.tp_rank == 0 and rank.cp_rank == 0 else None
+        depth = data.config.data.prefetch_batches if needs_rows(stage, rank=rank) else 0
+        self.ahead = ReadAhead(self._read, following=self._following, depth=depth)
 
     def batch(self, first_sample: int) -> list[MicroBatch] | None:
         """Micro batches of the global batch that begins at `first_sample` of the stage."""
-        if not self.rank.needs_tokens:
+        if not needs_rows(self.stage, rank=self.rank):
             return None
-        count = self.global_batch_size // self.rank.dp_size
-        windows, sources = self.data.read(first_sample + self.rank.dp_rank * count, count)
-        return micro_batches(windows, sources, micro_batch_size=self.micro_batch_size, device=self.rank.device)
+        rows, windows = self.ahead.get(first_sample)
+        if self.trace:
+            self._write_trace(first_sample, windows=windows)
+        return micro_batches(rows, stage=self.stage, device=self.rank.device)
+
+    def close(self) -> None:
+        self.ahead.close()
+
+    def _following(self, sample: int) -> int | None:
+        after = sample + self.plan.batch_size_at(sample)
+        return after if after < self.plan.num_samples else None
+
+    def _slice(self, first_sample: int) -> tuple[int, int]:
+        """First sample and number of samples of this rank in a global batch."""
+        count = self.plan.batch_size_at(first_sample) // self.rank.dp_size
+        return first_sample + self.rank.dp_rank * count, count
+
+    def _read(self, first_sample: int) -> tuple[Rows, Windows]:
+        return self.data.read(*self._slice(first_sample))
+
+    def _write_trace(self, first_sample: int, *, windows: Windows) -> None:
+        assert self.trace is not None
+        names = [self.data.names[source] for source in windows.source.tolist()]
+        rows = list(zip(names, windows.epoch.tolist(), windows.offset.tolist(), strict=True))
+        first, _ = self._slice(first_sample)
+        append_record(self.trace, "windows", stage=self.stage.stage.name, first_sample=first, windows=rows)
 
 
 class HeldOutFeed:
     """The held-out windows of a stage: each source's held-out documents as one stream, cut into windows from its start, up to
-    `validation.max_tokens`; the same at every evaluation. Padded so that every rank runs as many micro batches."""
+    `validation.max_tokens`; the same at every evaluation. Padded so that every rank runs as many micro batches.
+
+    A bucket is evaluated on the held-out documents of its parent, where the stage does not read the parent itself."""
 
     def __init__(self, config: RunConfig, stage: StageConfig, *, rank: Rank):
-        self.rank, self.seq_length, self.micro_batch_size = rank, stage.stage.seq_length, stage.layout.micro_batch_size
+        self.stage, self.rank, self.seq_length = stage, rank, stage.stage.seq_length
         self.names = list(stage.mixture.sources)
-        data_dir = Path(config.run.data_dir)
-        self.streams = [SourceStream(data_dir / name, name=name, split="held_out") for name in self.names]
-        counts = [held_out_windows(s.num_tokens, stage=stage) for s in self.streams]
+        self.streams = [SourceStream(folder_of(config, name), name=name, split="held_out") for name in self.names]
+        counts = [self._num_windows(stream) for stream in self.streams]
         self.rows = [(source, index) for source, count in enumerate(counts) for index in range(count)]
         # The interleaved schedule wants the micro batches to be a multiple of the pipeline size.
-        multiple = self.micro_batch_size * rank.dp_size * stage.layout.pp
+        rows_at_once = stage.layout.micro_batch_size * rank.dp_size
+        multiple = rows_at_once * stage.layout.pp
         self.rows += [(PADDING, 0)] * (-len(self.rows) % multiple)
-        self.num_microbatches = len(self.rows) // (self.micro_batch_size * rank.dp_size)
+        self.num_microbatches = len(self.rows) // rows_at_once
 
     def batches(self) -> list[MicroBatch] | None:
-        if not self.rank.needs_tokens:
+        if not needs_rows(self.stage, rank=self.rank):
             return None
         count = len(self.rows) // self.rank.dp_size
         rows = self.rows[self.rank.dp_rank * count : (self.rank.dp_rank + 1) * count]
         windows = np.stack([self._window(source, index) for source, index in rows])
         sources = np.array([source for source, _ in rows], dtype=np.int32)
-        return micro_batches(windows, sources, micro_batch_size=self.micro_batch_size, device=self.rank.device)
+        eod_id = self.streams[0].eod_id  # one tokenizer has made every source
+        held_out = masked_rows(windows, source=sources, eod_id=eod_id, stage=self.stage)
+        return micro_batches(held_out, stage=self.stage, device=self.rank.device)
+
+    def _num_windows(self, stream: SourceStream) -> int:
+        if self.stage.mixture.sources[stream.name].parent in self.names:
+            return 0
+        return held_out_windows(stream.num_tokens, stage=self.stage)
 
     def _window(self, source: int, index: int) -> NDArray[Any]:
         if source == PADDING:

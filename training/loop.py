@@ -1,6 +1,7 @@
 """Training one stage, on one page."""
 
 import gc
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from launcher.config.reading import replay_sample
 from launcher.config.schema import RunConfig, StageConfig
 from launcher.plan.stage import StagePlan, plan_stage
 from launcher.rundir.checkpoints import (
@@ -22,6 +24,7 @@ from launcher.rundir.checkpoints import (
     stage_end,
 )
 from launcher.rundir.exits import ExitClass
+from launcher.rundir.order import recorded_shards, recorded_tables
 from launcher.rundir.paths import RunDir
 from training.checkpoint import Checkpointer, layout_key
 from training.data import HeldOutFeed, StageData, TrainingFeed, ledger_from_json, ledger_to_json
@@ -44,6 +47,7 @@ class Progress:
     samples: int = 0
     step: int = 0
     tokens_by_source: dict[str, int] = field(default_factory=dict)
+    last_batch: int = 0
 
 
 def train_stage(run: RunDir, config: RunConfig, *, stage_name: str, rank: Rank) -> ExitClass:
@@ -58,9 +62,9 @@ def train_stage(run: RunDir, config: RunConfig, *, stage_name: str, rank: Rank) 
             if stop and not trainer.is_finished:
                 trainer.save()
                 return trainer.finish("stop", ExitClass.INTERRUPTED)
-            if trainer.due(plan.validation_interval):
+            if trainer.due(plan.validation_samples):
                 trainer.validate()
-            if trainer.due(plan.checkpoint_interval):
+            if trainer.due(plan.checkpoint_samples):
                 trainer.save()
             if trainer.progress.step % COLLECTION_INTERVAL == 0:
                 gc.collect(1)
@@ -98,7 +102,7 @@ class Trainer:
             self.metrics.event("resume", step=saved.meta.step, path=saved.path.name)
         elif init_from:
             parent = on_rank_0(lambda: self.find_parent(init_from), rank=self.rank)
-            self.open_data(start=parent.meta.ledger)
+            self.open_data(start=self.recalled(parent))
             self.checkpointer.load_weights(parent)
             self.metrics.event("stage_start", init_from=init_from, path=parent.path.name)
         else:
@@ -132,10 +136,26 @@ class Trainer:
             )
         return saved
 
+    def recalled(self, parent: Saved) -> LedgerRows:
+        """What the stage takes over as read: all that was or, in a replay, what was by a stated token of the parent."""
+        sample = replay_sample(self.stage, config=self.config)
+        if sample is None:
+            return parent.meta.ledger
+        before, start = self.config.stage(parent.meta.stage), ledger_from_json(parent.meta.start_ledger)
+        phases = recorded_tables(self.run).get(parent.meta.stage)
+        return ledger_to_json(StageData(self.config, before, ledger=start, phases=phases).ledger(sample))
+
     def open_data(self, *, start: LedgerRows, consumed: LedgerRows | None = None) -> None:
-        now = ledger_from_json(consumed) if consumed else None
-        self.data = StageData(self.config, self.stage, ledger=ledger_from_json(start), consumed=now)
-        self.feed = TrainingFeed(self.data, self.stage, rank=self.rank)
+        self.data = StageData(
+            self.config,
+            self.stage,
+            ledger=ledger_from_json(start),
+            consumed=ledger_from_json(consumed) if consumed else None,
+            phases=recorded_tables(self.run).get(self.stage.stage.name),
+            shards=recorded_shards(self.run),
+        )
+        trace = self.run.window_trace if self.config.data.trace else None
+        self.feed = TrainingFeed(self.data, self.stage, rank=self.rank, trace=trace)
         self.held_out = HeldOutFeed(self.config, self.stage, rank=self.rank)
 
     def sees_stop_flag(self) -> bool:
@@ -147,10 +167,11 @@ class Trainer:
         began = time.perf_counter()
         batches = self.feed.batch(self.progress.samples)
         read = time.perf_counter()
-        samples = self.progress.samples + self.stage.stage.global_batch_size
+        first = self.progress.samples
+        samples = first + self.plan.batch_size_at(first)
         lr = set_schedule(self.schedule, samples=samples)
-        sums, grad_norm = self.stepper.train(batches, num_microbatches=self.plan.num_microbatches, stop=stop)
-        self.progress.samples, self.progress.step = samples, self.progress.step + 1
+        sums, grad_norm = self.stepper.train(batches, num_microbatches=self.plan.microbatches_at(first), stop=stop)
+        self.progress.samples, self.progress.step, self.progress.last_batch = samples, self.progress.step + 1, samples - first
         self.count(sums)
         if self.progress.step % self.config.monitor.log_interval == 0 or self.is_finished:
             self.log(sums, lr=lr, grad_norm=grad_norm, step_s=time.perf_counter() - began, data_s=read - began)
@@ -171,17 +192,17 @@ class Trainer:
             tokens_by_source=dict(self.progress.tokens_by_source),
             lr=lr,
             grad_norm=grad_norm,
-            tokens_per_s=round(self.plan.tokens_per_step / step_s, 1),
+            tokens_per_s=round(self.progress.last_batch * self.stage.stage.seq_length / step_s, 1),
             step_time_s=round(step_s, 4),
             data_wait_s=round(data_s, 4),
         )
         self.metrics.status("running")
 
-    def due(self, interval_steps: int) -> bool:
-        """Whether something that happens every so many steps happens now; not shortly before the stage's end, which has its
-        own."""
-        left = (self.plan.num_samples - self.progress.samples) / self.stage.stage.global_batch_size
-        return self.progress.step % interval_steps == 0 and left >= interval_steps / 2
+    def due(self, interval_samples: int) -> bool:
+        """Whether the last batch came past a multiple of the interval; not shortly before the stage's end, with its own."""
+        before = self.progress.samples - self.progress.last_batch
+        left = self.plan.num_samples - self.progress.samples
+        return before // interval_samples < self.progress.samples // interval_samples and left >= interval_samples / 2
 
     def validate(self) -> None:
         """Held-out loss per source. `loss` weighs the sources by their shares, as training does."""
@@ -189,8 +210,10 @@ class Trainer:
             return
         sums = self.stepper.evaluate(self.held_out.batches(), num_microbatches=self.held_out.num_microbatches)
         by_source = sums.loss_by_source(self.data.names)
-        shares = {name: self.stage.mixture.sources[name].share for name in by_source}
-        loss = sum(by_source[name] * share for name, share in shares.items()) / sum(shares.values())
+        shares = self.data.shares_at(self.progress.samples)
+        weights = {name: shares.get(name, 0.0) for name in by_source}
+        total = sum(weights.values())
+        loss = sum(by_source[name] * weight for name, weight in weights.items()) / total if total else math.nan
         tokens = sums.tokens_by_source(self.data.names)
         self.metrics.validation(
             self.progress.step, samples=self.progress.samples, loss=loss, loss_by_source=by_source, tokens_by_source=tokens
@@ -216,6 +239,7 @@ class Trainer:
     def finish(self, kind: str, exit_class: ExitClass) -> ExitClass:
         self.metrics.event(kind, exit=exit_class.name, step=self.progress.step)
         self.metrics.at(self.progress.step, samples=self.progress.samples)
+        self.feed.close()
         self.metrics.status("done" if exit_class is ExitClass.DONE else "stopped")
         self.metrics.close()
         return exit_class

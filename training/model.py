@@ -19,6 +19,7 @@ from launcher.config.schema import Layout, ModelConfig, Precision, StageConfig
 from training.errors import PrecisionError
 from training.initialize import initialize_parameters, leave_uninitialised
 from training.modules import CausalAttention, LayerNorm, RMSNorm
+from training.packing import is_packed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Megatron splits the first linear layer of a gated MLP in two; SwiGLU is SiLU on the gate.
@@ -87,12 +88,12 @@ def transformer_config(stage: StageConfig, *, model: ModelConfig) -> Transformer
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         cross_entropy_loss_fusion=False,
-        **_layout_fields(stage.layout),
+        **_layout_fields(stage.layout, has_variable_lengths=is_packed(stage) and stage.layout.cp > 1),
         **_precision_fields(stage.precision),
     )
 
 
-def _layout_fields(layout: Layout) -> dict[str, Any]:
+def _layout_fields(layout: Layout, *, has_variable_lengths: bool) -> dict[str, Any]:
     recompute: dict[str, Any] = {
         "none": {"recompute_granularity": None},
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
@@ -104,12 +105,16 @@ def _layout_fields(layout: Layout) -> dict[str, Any]:
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         context_parallel_size=layout.cp,
         sequence_parallel=layout.sequence_parallel,
-        cp_comm_type="p2p" if layout.cp > 1 else None,
+        cp_comm_type=layout.cp_comm_type if layout.cp > 1 else None,
         # gloo has no batched send and receive; with NCCL it is Megatron's default outside interleaving.
         batch_p2p_comm=torch.cuda.is_available() and layout.vpp == 1,
         overlap_p2p_comm=torch.cuda.is_available() and layout.vpp > 1,
         deallocate_pipeline_outputs=True,
-        variable_seq_lengths=False,
+        # A packed row padded for context parallelism is as long as its documents make it. Interleaving must then overlap: else
+        # shapes of both directions go in one batch (p2p_communication.py:212) and cross at pp = 2, between the same two ranks.
+        variable_seq_lengths=has_variable_lengths,
+        # Without experts it dispatches nothing, but its default refuses variable lengths (transformer_config.py:1827).
+        moe_token_dispatcher_type="alltoall",
         **recompute,
     )
 

@@ -22,6 +22,7 @@ class Rank:
     dp_size: int
     tp_rank: int
     pp_rank: int
+    cp_rank: int
     device: torch.device
     is_first_stage: bool
     is_last_stage: bool
@@ -73,6 +74,7 @@ def current_rank(device: torch.device) -> Rank:
         dp_size=parallel_state.get_data_parallel_world_size(),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
         device=device,
         is_first_stage=parallel_state.is_pipeline_first_stage(ignore_virtual=True),
         is_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),

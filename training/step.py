@@ -1,6 +1,6 @@
 """One training step and one evaluation: Megatron's pipeline schedules around a loss that is exact per source.
 
-Shapes: B micro batch, S sequence on this rank, N sources.
+Shapes: B micro batch, S sequence on this rank, T the whole row, N sources.
 """
 
 import math
@@ -18,7 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
 from launcher.config.schema import StageConfig
-from training.data import PADDING, MicroBatch
+from training.batch import MicroBatch
 from training.errors import NonFiniteError
 from training.parallel import Rank
 
@@ -128,19 +128,26 @@ def connect(chunks: list[DistributedDataParallel], *, optimizer: MegatronOptimiz
 
 
 def forward_step(iterator: Iterator[MicroBatch] | None, model: Any, *, num_sources: int) -> tuple[torch.Tensor, Any]:
-    """Megatron's forward step: the model's output (on the last stage, the loss of each token [B, S]) and the loss function."""
+    """Megatron's forward step: the model's output (on the last stage, the loss of each token [B, S]) and the loss function. A
+    stage in the middle of a pipeline reads of the batch where documents begin; without a batch there is one attention."""
     if iterator is None:
         return model(input_ids=None, position_ids=None, attention_mask=None), partial(token_loss, None, num_sources)
     batch = next(iterator)
-    output = model(input_ids=batch.tokens_BS, position_ids=batch.positions_BS, attention_mask=None, labels=batch.labels_BS)
+    output = model(
+        input_ids=batch.tokens_BS,
+        position_ids=batch.positions_BS,
+        attention_mask=batch.document_BT,
+        labels=batch.labels_BS,
+        packed_seq_params=batch.packed,
+    )
     return output, partial(token_loss, batch, num_sources)
 
 
 def token_loss(batch: MicroBatch, num_sources: int, loss_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sum of the loss, number of tokens, and [loss by source, tokens by source] in fp64 [2N]."""
-    counted_B = batch.source_B != PADDING
-    loss_B = loss_BS.float().sum(dim=1) * counted_B
-    tokens_B = counted_B * loss_BS.shape[1]
+    """Sum of the loss, number of tokens, and [loss by source, tokens by source] in fp64 [2N]; of the labels in the loss mask.
+    Under context parallelism they are those of this rank's part."""
+    loss_B = torch.where(batch.loss_mask_BS, loss_BS.float(), 0.0).sum(dim=1)
+    tokens_B = batch.loss_mask_BS.sum(dim=1)
     report = torch.zeros(2, num_sources, dtype=torch.float64, device=loss_B.device)
     index_B = batch.source_B.clamp(min=0)
     report[0].index_add_(0, index_B, loss_B.detach().double())

@@ -1,4 +1,5 @@
-"""The first check of a GPU: the tiny model through training.model with transformer-engine, in bf16 and three FP8 recipes.
+"""The first check of a GPU: the tiny model through training.model with transformer-engine, in bf16 and three FP8 recipes, and
+with documents apart (packed rows, transformer-engine's thd attention).
 
     benchmarks/gpu_smoke.sh                  all of it, on a machine with one Hopper GPU
     python -m tests.gpu.test_smoke           these checks without pytest
@@ -24,6 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 try:
@@ -51,7 +53,11 @@ PRECISIONS: dict[str, dict[str, Any]] = {
         BF16, fp8="tensorwise", fp8_format="hybrid", num_layers_at_start_in_bf16=1, num_layers_at_end_in_bf16=1
     ),
     "fp8_blockwise": dict(BF16, fp8="blockwise", fp8_format="e4m3"),
+    # Documents apart: on a GPU packed rows, on the CPU a mask. (Context parallelism needs more GPUs than one.)
+    "fp32_documents": {},
+    "bf16_documents": BF16,
 }
+EOD = 249
 
 
 def missing() -> str | None:
@@ -89,14 +95,7 @@ def train_case(name: str, *, on_cpu: bool) -> dict[str, Any]:
     from training.parallel import initialize_parallel, join_world, leave_world
     from training.step import Stepper
 
-    stage = TypeAdapter(StageConfig).validate_python(
-        tiny.stage_config(
-            precision=PRECISIONS[name],
-            layout=dict(micro_batch_size=MICRO_BATCH),
-            stage=dict(seq_length=SEQ_LENGTH, global_batch_size=MICRO_BATCH, tokens=2.0 * STEPS * SEQ_LENGTH * MICRO_BATCH),
-            optim=dict(lr=2e-4, min_lr=1e-4, warmup_tokens=0.0),
-        )
-    )
+    stage = TypeAdapter(StageConfig).validate_python(stage_dict(name))
     model = TypeAdapter(ModelConfig).validate_python({**tiny.MODEL, **MODEL})
     device = join_world(timeout_s=120)
     rank = initialize_parallel(stage.layout, seed=7, device=device, timeout_s=120)
@@ -104,12 +103,12 @@ def train_case(name: str, *, on_cpu: bool) -> dict[str, Any]:
     optimizer = build_optimizer(stage, chunks=chunks)
     plan = plan_stage(stage, cluster=tiny.run_config(Path("unused")).cluster)
     schedule = build_schedule(stage, plan=plan, optimizer=optimizer)
-    stepper, batch = Stepper(stage, chunks=chunks, optimizer=optimizer, rank=rank), repeated_batch(device)
+    stepper, batches = Stepper(stage, chunks=chunks, optimizer=optimizer, rank=rank), repeated_batches(stage, device=device)
 
     def step(index: int) -> tuple[float, float, float]:
         began = time.perf_counter()
         set_schedule(schedule, samples=(index + 1) * MICRO_BATCH)
-        sums, norm = stepper.train([batch], num_microbatches=1, stop=False)
+        sums, norm = stepper.train(batches, num_microbatches=len(batches), stop=False)
         return sums.loss, norm, time.perf_counter() - began
 
     losses, norms, seconds = zip(*(step(index) for index in range(STEPS)), strict=True)
@@ -117,7 +116,8 @@ def train_case(name: str, *, on_cpu: bool) -> dict[str, Any]:
         losses=losses,
         norms=norms,
         step_ms=round(1e3 * sorted(seconds)[STEPS // 2], 2),
-        layer=type(chunks[0].module.module.decoder.layers[0].mlp.linear_fc1).__name__ if name != "fp32" else None,
+        layer=type(chunks[0].module.module.decoder.layers[0].mlp.linear_fc1).__name__ if "fp32" not in name else None,
+        packed=batches[0].packed is not None,
         device=str(chunks[0].buffers[0].grad_data.device),
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -126,12 +126,31 @@ def train_case(name: str, *, on_cpu: bool) -> dict[str, Any]:
     return result
 
 
-def repeated_batch(device: torch.device) -> Any:
-    from training.data import MicroBatch
+def stage_dict(name: str) -> dict[str, Any]:
+    from tests.training import tiny
 
-    tokens = torch.randint(250, (MICRO_BATCH, SEQ_LENGTH + 1), generator=torch.Generator().manual_seed(3)).to(device)
-    positions = torch.arange(SEQ_LENGTH, device=device).expand(MICRO_BATCH, -1)
-    return MicroBatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), positions, torch.tensor([0, 1], device=device))
+    masked = name.endswith("documents")
+    return tiny.stage_config(
+        precision=PRECISIONS[name],
+        layout=dict(micro_batch_size=1 if masked else MICRO_BATCH),
+        stage=dict(
+            seq_length=SEQ_LENGTH, global_batch_size=MICRO_BATCH, tokens=2.0 * STEPS * SEQ_LENGTH * MICRO_BATCH,
+            reset_attention_mask=masked, reset_position_ids=masked,
+        ),
+        optim=dict(lr=2e-4, min_lr=1e-4, warmup_tokens=0.0),
+    )  # fmt: skip
+
+
+def repeated_batches(stage: Any, *, device: torch.device) -> list[Any]:
+    """Two rows, each a micro batch where documents are apart. They also end at a row's beginning and at its end."""
+    from training.batch import micro_batches, stream_rows
+
+    tokens = torch.randint(EOD, (MICRO_BATCH, SEQ_LENGTH + 1), generator=torch.Generator().manual_seed(3)).int().numpy()
+    tokens[0, [20, 21, 45, 70, 100]] = tokens[1, [0, 33, 66, 99, SEQ_LENGTH - 1]] = EOD
+    # Every label counts in all cases: what the masks change is what attention sees.
+    masks = dict(reset_attention_mask=stage.stage.reset_attention_mask, eod_mask_loss=False)
+    rows = stream_rows(tokens, source=np.arange(MICRO_BATCH, dtype=np.int32), eod_id=EOD, **masks)
+    return micro_batches(rows, stage=stage, device=device)
 
 
 def check_checkpoint(folder: Path, *, stage: Any, chunks: Any, optimizer: Any, step: Any) -> dict[str, Any]:
@@ -212,8 +231,9 @@ def case(name: str, *, on_cpu: bool = False) -> dict[str, Any]:
     return result
 
 
-def reference() -> dict[str, Any]:
-    return case("fp32", on_cpu=True)
+def reference(name: str) -> dict[str, Any]:
+    """What the case computes in fp32 on the CPU."""
+    return case("fp32_documents" if name.endswith("documents") else "fp32", on_cpu=True)
 
 
 def relative(found: float, expected: float) -> float:
@@ -229,7 +249,7 @@ def check_learns(found: dict[str, Any], *, name: str) -> None:
 
 def check_same_model(found: dict[str, Any], *, name: str, loss: float, norm: float) -> None:
     """Its first step is that of fp32 on the CPU, within the relative tolerances: the same weights, the same arithmetic."""
-    expected = reference()
+    expected = reference(name)
     assert abs(expected["losses"][0] - math.log(256)) > 0.3, "the reference's loss says nothing about its weights"
     for key, tolerance in (("losses", loss), ("norms", norm)):
         error = relative(found[key][0], expected[key][0])
@@ -262,6 +282,20 @@ def test_bf16() -> None:
     check_on_gpu("bf16", loss=0.02, norm=0.05)
 
 
+def test_documents() -> None:
+    """Packed rows through transformer-engine are what the CPU's mask makes of them."""
+    check_on_gpu("bf16_documents", loss=0.02, norm=0.05)
+    assert case("bf16_documents")["packed"]
+    check_documents(case("bf16_documents"))
+
+
+def check_documents(found: dict[str, Any]) -> None:
+    """Fresh weights hardly attend; after five steps they do, and what attention sees shows in the loss."""
+    whole, apart = (case(name, on_cpu=True)["losses"][5] for name in ("fp32", "fp32_documents"))
+    assert relative(apart, whole) > 0.1, f"masks that change little prove little: {apart}, without them {whole}"
+    assert relative(found["losses"][5], apart) < 0.05, f"sixth loss is {found['losses'][5]}, fp32 on the CPU has {apart}"
+
+
 def test_fp8_delayed() -> None:
     check_fp8("fp8_delayed")
 
@@ -277,11 +311,16 @@ def test_fp8_blockwise() -> None:
 def rehearse() -> None:
     """What can be checked of this file without a GPU."""
     found = case("bf16", on_cpu=True)
-    check_learns(reference(), name="fp32")
+    check_learns(reference("bf16"), name="fp32")
     check_learns(found, name="bf16")
     check_same_model(found, name="bf16", loss=0.02, norm=0.05)
-    for name, result in (("fp32", reference()), ("bf16", found)):
+    for name, result in (("fp32", reference("bf16")), ("bf16", found)):
         check_checkpoint_result(result, name=name)
+    check_same_model(case("bf16_documents", on_cpu=True), name="bf16_documents", loss=0.02, norm=0.05)
+    check_documents(case("bf16_documents", on_cpu=True))
+
+
+GPU_CHECKS = (test_bf16, test_documents, test_fp8_delayed, test_fp8_tensorwise, test_fp8_blockwise)
 
 
 def main() -> int:
@@ -293,7 +332,7 @@ def main() -> int:
         print(f"cannot run: {missing()}")
         return 1
     failed = 0
-    for check in [rehearse] if "--cpu" in sys.argv else [test_bf16, test_fp8_delayed, test_fp8_tensorwise, test_fp8_blockwise]:
+    for check in [rehearse] if "--cpu" in sys.argv else GPU_CHECKS:
         try:
             check()
             print(f"passed  {check.__name__}", flush=True)

@@ -2,8 +2,10 @@
 
     torchrun --nproc-per-node N -m tests.training.ranks <work dir> <case> [<case> ...]
 
-A case is `layout:<name>`: train a fresh run in that layout; `resume:<name>[:<dtype>]`: stop half way and go on; or
-`move:<name>:<name>`: save in one layout, go on in another; `batch`; `nan`. tests/training/test_ranks.py compares the results.
+A case is `layout:<name>`: train a fresh run in that layout; `masked:<name>`: the same, documents apart and what follows them
+not predicted; `packed:<name>`: that again, as packed rows with their documents' borders, as on GPUs;
+`resume:<name>[:<dtype>]`: stop half way and go on; or `move:<name>:<name>`: save in one layout, go on in another; `batch`;
+`nan`. tests/training/test_ranks.py compares the results.
 """
 
 import hashlib
@@ -24,6 +26,7 @@ from megatron.core import parallel_state  # noqa: E402
 from launcher.config.schema import RunConfig  # noqa: E402
 from launcher.plan.stage import plan_stage  # noqa: E402
 from launcher.rundir.paths import RunDir  # noqa: E402
+from tests.training.thd import as_on_gpus  # noqa: E402
 from tests.training.tiny import run_config, stage_config  # noqa: E402
 from training.errors import NonFiniteError  # noqa: E402
 from training.loop import Trainer  # noqa: E402
@@ -46,7 +49,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2_pp2_sp": dict(tp=2, pp=2, sequence_parallel=True),
     "cp2_dp2": dict(cp=2),
     "tp2_cp2": dict(tp=2, cp=2, sequence_parallel=True),
+    "cp2_mbs2": dict(cp=2, micro_batch_size=2),
+    "pp4": dict(pp=4),
+    "pp2_vpp2_cp2": dict(pp=2, vpp=2, cp=2),
 }
+MASKS = dict(reset_attention_mask=True, reset_position_ids=True, eod_mask_loss=True)
 STEPS = 6
 
 
@@ -94,13 +101,24 @@ class Case:
         parallel_state.destroy_model_parallel()
 
 
-def check_layout(work: Path, name: str, *, device: torch.device) -> dict[str, Any]:
-    case = Case(work, name, run_name=f"layout_{name}", device=device).steps(STEPS)
+def check_layout(
+    work: Path, name: str, *, device: torch.device, kind: str = "layout", **sections: dict[str, Any]
+) -> dict[str, Any]:
+    case = Case(work, name, run_name=f"{kind}_{name}", device=device, **sections).steps(STEPS)
     case.trainer.validate()
     rows, held_out = case.rows("train"), case.rows("validation")[-1]
     case.close()
     keys = ("loss", "loss_by_source", "tokens_by_source", "grad_norm", "lr")
     return {"rows": [{key: row[key] for key in keys} for row in rows], "held_out": held_out["loss_by_source"]}
+
+
+def check_masked(work: Path, name: str, *, device: torch.device) -> dict[str, Any]:
+    return check_layout(work, name, device=device, kind="masked", stage=MASKS)
+
+
+def check_packed(work: Path, name: str, *, device: torch.device) -> dict[str, Any]:
+    with as_on_gpus():
+        return check_layout(work, name, device=device, kind="packed", stage=MASKS)
 
 
 def check_resume(work: Path, name: str, dtype: str = "fp32", *, device: torch.device) -> dict[str, Any]:
@@ -160,7 +178,8 @@ def check_nan(work: Path, *, device: torch.device) -> dict[str, Any]:
 
 
 CHECKS: dict[str, Callable[..., dict[str, Any]]] = {
-    "layout": check_layout, "resume": check_resume, "move": check_move, "batch": check_batch, "nan": check_nan,
+    "layout": check_layout, "masked": check_masked, "packed": check_packed, "resume": check_resume, "move": check_move,
+    "batch": check_batch, "nan": check_nan,
 }  # fmt: skip
 
 

@@ -35,7 +35,7 @@ TRANSFORMER_DEFAULTS = {
         moe_router_pre_softmax moe_router_topk_scaling_factor moe_router_score_function moe_router_dtype
         moe_router_enable_expert_bias moe_router_bias_update_rate moe_router_force_load_balancing moe_grouped_gemm
         moe_use_legacy_grouped_gemm moe_aux_loss_coeff moe_z_loss_coeff moe_input_jitter_eps moe_token_dropping
-        moe_token_dispatcher_type moe_enable_deepep moe_flex_dispatcher_backend moe_per_layer_logging
+        moe_enable_deepep moe_flex_dispatcher_backend moe_per_layer_logging
         moe_expert_capacity_factor moe_pad_expert_input_to_capacity moe_token_drop_policy moe_layer_recompute
         moe_permute_fusion moe_router_fusion moe_apply_probs_on_input moe_latent_size moe_deepep_num_sms moe_hybridep_num_sms
         overlap_moe_expert_parallel_comm delay_wgrad_compute ep_overlap_early_attn_memory_release
@@ -261,6 +261,9 @@ def test_layout() -> None:
     assert config.sequence_parallel
     assert config.cp_comm_type == "p2p"
     assert config.deallocate_pipeline_outputs
+    for cp_comm_type in ("p2p", "a2a", "all_gather"):
+        found = transformer_config(stage(layout=dict(layout, cp_comm_type=cp_comm_type)), model=model())
+        assert found.cp_comm_type == cp_comm_type
     alone = transformer_config(stage(), model=model())
     assert alone.virtual_pipeline_model_parallel_size is None
     assert alone.cp_comm_type is None
@@ -281,6 +284,15 @@ def test_pipeline_transport(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     found = capture(layout=dict(pp=2, vpp=vpp))
     assert (found["batch_p2p_comm"], found["overlap_p2p_comm"]) == (batched, overlapped)
+
+
+@pytest.mark.parametrize(("masked", "cp", "variable"), [(True, 2, True), (True, 1, False), (False, 2, False)])
+def test_packed_rows_vary_in_length_under_context_parallelism(
+    masked: bool, cp: int, variable: bool, capture: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = capture(layout=dict(pp=2, vpp=2, cp=cp), stage=dict(reset_attention_mask=masked))
+    assert found["variable_seq_lengths"] == variable
 
 
 def test_activations_and_norms() -> None:

@@ -15,13 +15,18 @@ from tests.training.shards import write_sources
 REPOSITORY = Path(__file__).resolve().parents[2]
 CASES = {
     1: ["layout:one", "layout:mbs4", "layout:plain_optimizer", "layout:recompute", "layout:selective", "resume:one", "batch",
-        "nan"],
+        "nan", "masked:one", "masked:mbs4"],
     2: [
         *(f"layout:{name}" for name in ("tp2", "tp2_sp", "pp2", "pp2_vpp2", "cp2", "dp2", "dp2_plain", "dp2_overlap")),
         *(f"resume:{name}" for name in ("dp2", "dp2_overlap", "tp2_sp", "pp2", "pp2_vpp2", "cp2")),
         "resume:dp2:bf16", "move:dp2:tp2_sp", "move:tp2:pp2_vpp2", "move:pp2:cp2",
+        *(f"masked:{name}" for name in ("tp2_sp", "pp2", "pp2_vpp2", "cp2_mbs2", "dp2")),
+        "packed:cp2",
     ],
-    4: ["layout:tp2_pp2_sp", "layout:cp2_dp2", "layout:tp2_cp2"],
+    4: [
+        "layout:tp2_pp2_sp", "layout:cp2_dp2", "layout:tp2_cp2", "masked:pp4",
+        "packed:tp2_cp2", "packed:pp2_vpp2_cp2",
+    ],
 }  # fmt: skip
 # Sums of the same fp32 products in another order: the largest relative difference seen was below 1e-6.
 TOLERANCE = 5e-6
@@ -47,19 +52,28 @@ def run_ranks(work: Path, *, world_size: int, cases: list[str]) -> None:
     assert done.returncode == 0, done.stderr[-6000:]
 
 
-def layouts() -> list[str]:
-    return [case for cases in CASES.values() for case in cases if case.startswith("layout:") and case != "layout:one"]
+def cases_of(*kinds: str) -> list[str]:
+    return [case for cases in CASES.values() for case in cases if case.split(":")[0] in kinds]
 
 
-@pytest.mark.parametrize("case", layouts())
+@pytest.mark.parametrize("case", [case for case in cases_of("layout", "masked", "packed") if not case.startswith("layout:one")])
 def test_every_layout_learns_the_same(case: str, results: dict[str, Any]) -> None:
-    for found, expected in zip(results[case]["rows"], results["layout:one"]["rows"], strict=True):
+    one = results["layout:one" if case.startswith("layout:") else "masked:one"]
+    for found, expected in zip(results[case]["rows"], one["rows"], strict=True):
         assert found["loss"] == pytest.approx(expected["loss"], rel=TOLERANCE)
         assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
         assert found["loss_by_source"] == pytest.approx(expected["loss_by_source"], rel=TOLERANCE)
         assert found["tokens_by_source"] == expected["tokens_by_source"]
         assert found["lr"] == expected["lr"]
-    assert results[case]["held_out"] == pytest.approx(results["layout:one"]["held_out"], rel=TOLERANCE)
+    assert results[case]["held_out"] == pytest.approx(one["held_out"], rel=TOLERANCE)
+
+
+def test_masks_change_what_is_learned(results: dict[str, Any]) -> None:
+    """Less is seen and less is predicted; documents here are of 50 tokens."""
+    masked, whole = results["masked:one"]["rows"][-1], results["layout:one"]["rows"][-1]
+    assert masked["loss"] != pytest.approx(whole["loss"], rel=1e-3)
+    share = sum(masked["tokens_by_source"].values()) / sum(whole["tokens_by_source"].values())
+    assert share == pytest.approx(1 - 1 / 50, abs=0.005)
 
 
 def test_it_learns(results: dict[str, Any]) -> None:
@@ -73,7 +87,7 @@ def test_learning_rate_warms_up_and_ends_at_its_minimum(results: dict[str, Any])
     assert rates == pytest.approx([1.5e-3, 3e-3, 2.325e-3, 1.65e-3, 9.75e-4, 3e-4])
 
 
-@pytest.mark.parametrize("case", [case for cases in CASES.values() for case in cases if case.startswith("resume:")])
+@pytest.mark.parametrize("case", cases_of("resume"))
 def test_resume_is_bitwise(case: str, results: dict[str, Any]) -> None:
     assert results[case]["start"] == 3
     assert results[case]["found"] == results[case]["expected"]

@@ -19,12 +19,11 @@ from launcher.config.schema import RunConfig, StageConfig
 from tests.training.shards import write_sources
 from tests.training.tiny import SHARES, run_config, stage_config
 from tests.training.world import cpu_seams, model, one_rank, stage
-from training import data as training_data
+from training import batch as training_batch
+from training.batch import PADDING, MicroBatch
 from training.data import (
-    PADDING,
     Consumed,
     HeldOutFeed,
-    MicroBatch,
     StageData,
     TrainingFeed,
     held_out_windows,
@@ -45,7 +44,7 @@ NUM_SOURCES = len(SHARES)
 
 def place(dp_rank: int = 0, dp_size: int = 1, *, is_first: bool = True, is_last: bool = True) -> Rank:
     return Rank(
-        rank=dp_rank, world_size=dp_size, dp_rank=dp_rank, dp_size=dp_size, tp_rank=0, pp_rank=0, device=CPU,
+        rank=dp_rank, world_size=dp_size, dp_rank=dp_rank, dp_size=dp_size, tp_rank=0, pp_rank=0, cp_rank=0, device=CPU,
         is_first_stage=is_first, is_last_stage=is_last,
     )  # fmt: skip
 
@@ -54,7 +53,9 @@ def batch_of(sources: list[int], *, seq_length: int = 32, seed: int = 0) -> Micr
     """Random tokens, a row for each of `sources`."""
     tokens = torch.randint(250, (len(sources), seq_length + 1), generator=torch.Generator().manual_seed(seed))
     positions = torch.arange(seq_length).expand(len(sources), -1)
-    return MicroBatch(tokens[:, :-1], tokens[:, 1:], positions, torch.tensor(sources, dtype=torch.int64))
+    source_B = torch.tensor(sources, dtype=torch.int64)
+    loss_mask_BS = (source_B != PADDING)[:, None].expand(-1, seq_length)
+    return MicroBatch(tokens[:, :-1], tokens[:, 1:], positions, loss_mask_BS, source_B)
 
 
 # The loss
@@ -63,7 +64,7 @@ def batch_of(sources: list[int], *, seq_length: int = 32, seed: int = 0) -> Micr
 @given(sources=st.lists(st.integers(PADDING, NUM_SOURCES - 1), min_size=1, max_size=9), seed=st.integers(0, 1000))
 def test_token_loss_sums_by_source(sources: list[int], seed: int) -> None:
     loss_BS = torch.rand(len(sources), 5, generator=torch.Generator().manual_seed(seed)) * 9
-    total, count, report = token_loss(batch_of(sources), NUM_SOURCES, loss_BS)
+    total, count, report = token_loss(batch_of(sources, seq_length=5), NUM_SOURCES, loss_BS)
     rows = [(source, value) for source, row in zip(sources, loss_BS.tolist(), strict=True) for value in row]
     counted = [value for source, value in rows if source != PADDING]
     assert float(total) == pytest.approx(math.fsum(counted), rel=1e-5)
@@ -77,7 +78,7 @@ def test_token_loss_sums_by_source(sources: list[int], seed: int) -> None:
 
 def test_token_loss_lets_no_gradient_into_padding() -> None:
     loss_BS = torch.ones(3, 4, requires_grad=True)
-    total, _, report = token_loss(batch_of([1, PADDING, 0]), NUM_SOURCES, loss_BS)
+    total, _, report = token_loss(batch_of([1, PADDING, 0], seq_length=4), NUM_SOURCES, loss_BS)
     total.backward()
     assert loss_BS.grad.tolist() == [[1.0] * 4, [0.0] * 4, [1.0] * 4]
     assert report.dtype is torch.float64
@@ -168,7 +169,8 @@ def test_the_gradient_is_of_the_mean_over_tokens(stepper: Stepper) -> None:
     expected = grad_norm_of(stepper, rows)
     padded = grad_norm_of(stepper, [*rows, batch_of([PADDING], seed=9)])
     twice = grad_norm_of(stepper, rows + rows)
-    grouped = MicroBatch(*(torch.cat(parts) for parts in zip(*(vars(row).values() for row in rows), strict=True)))
+    fields = ("tokens_BS", "labels_BS", "positions_BS", "loss_mask_BS", "source_B")
+    grouped = MicroBatch(*(torch.cat([getattr(row, name) for row in rows]) for name in fields))
     assert padded == pytest.approx(expected, rel=1e-5)
     assert twice == pytest.approx(expected, rel=1e-5)
     assert grad_norm_of(stepper, [grouped]) == pytest.approx(expected, rel=1e-5)
@@ -247,11 +249,11 @@ def test_data_parallel_ranks_share_the_global_batch(micro_batch_size: int, dp_si
 def test_windows_are_what_the_streams_hold(root: Path) -> None:
     config, settings = feeding(root)
     data = StageData(config, settings, ledger={})
-    windows, sources = data.read(0, 200)
-    located = data.order.windows(0, 200)
-    for row, source, offset in zip(windows, sources, located.offset, strict=True):
-        assert row.tolist() == data.streams[source].read(int(offset), 33).tolist()
-    found = np.bincount(sources, minlength=3) / len(sources)
+    rows, located = data.read(0, 200)
+    for tokens, labels, source, offset in zip(rows.tokens, rows.labels, rows.source, located.offset, strict=True):
+        assert [*tokens.tolist(), int(labels[-1])] == data.streams[source].read(int(offset), 33).tolist()
+        assert labels[:-1].tolist() == tokens[1:].tolist()
+    found = np.bincount(rows.source, minlength=3) / len(rows.source)
     assert found == pytest.approx(list(SHARES.values()), abs=0.02)
 
 
@@ -267,12 +269,25 @@ def test_the_middle_of_a_pipeline_reads_nothing(root: Path) -> None:
         assert held_out.num_microbatches > 0
 
 
+def test_the_middle_of_a_pipeline_reads_where_documents_begin(root: Path) -> None:
+    """Every stage has attention; a stage that read nothing would let it cross documents."""
+    config, settings = feeding(root, stage=dict(reset_attention_mask=True))
+    middle, last = place(is_first=False, is_last=False), place(is_first=False)
+    data = StageData(config, settings, ledger={})
+    for found, expected in zip(
+        [*TrainingFeed(data, settings, rank=middle).batch(0), *HeldOutFeed(config, settings, rank=middle).batches()],
+        [*TrainingFeed(data, settings, rank=last).batch(0), *HeldOutFeed(config, settings, rank=last).batches()],
+        strict=True,
+    ):
+        assert found.document_BT.tolist() == expected.document_BT.tolist()
+
+
 def test_context_parallel_ranks_share_the_sequence(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each takes an early and a late chunk; tokens, labels and positions stay together."""
     config, settings = feeding(root)
     data = StageData(config, settings, ledger={})
     whole = TrainingFeed(data, settings, rank=place()).batch(0)[0]
-    state = training_data.get_batch_on_this_cp_rank.__globals__["parallel_state"]
+    state = training_batch.get_batch_on_this_cp_rank.__globals__["parallel_state"]
     monkeypatch.setattr(state, "get_context_parallel_world_size", lambda: 2)
     seen = []
     for cp_rank in range(2):
@@ -360,7 +375,8 @@ def test_the_ledger_survives_a_checkpoint(root: Path) -> None:
     config, settings = feeding(root)
     ledger = StageData(config, settings, ledger={}).ledger(17)
     rows = json.loads(json.dumps(ledger_to_json(ledger)))
-    assert rows["a"] == {"position": ledger["a"].position, "seq_length": 32, "digest": digest(root, "a")}
+    stream = {"windows": "stream", "num_windows": None}
+    assert rows["a"] == {"position": ledger["a"].position, "seq_length": 32, "digest": digest(root, "a"), **stream}
     assert ledger_from_json(rows) == ledger
 
 
