@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from data_prep.mixing import SAMPLE_TOLERANCE, PhaseRow, names_of, schedule_of
+from data_prep.mixing import PhaseRow, names_of, schedule_of, slack
 from data_prep.order import Schedule, SourceOrder, carry_over
 from data_prep.spec import Source
 
@@ -189,5 +189,5 @@ def breaches(stages: Sequence[StageUse], *, found: Sequence[Reading]) -> Iterato
         cap, cut = stage.sources[reading.source].max_epochs, stage.cuts.get(reading.source)
         if cap is None or cut is None or reading.epochs is None or not reading.samples:
             continue
-        if reading.epochs > cap + SAMPLE_TOLERANCE / cut.order.num_windows:
+        if reading.epochs > cap + slack(stage.num_samples) / cut.order.num_windows:
             yield reading, cap

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.exposure import Cut, StageUse, breaches, readings
-from data_prep.mixing import SAMPLE_TOLERANCE, Extent, PhaseRow, names_of, plan_phases, schedule_of
+from data_prep.mixing import Extent, PhaseRow, names_of, plan_phases, schedule_of, slack
 from data_prep.order import SourceOrder, carry_over, quantise
 from data_prep.spec import Amount, Mixture, Phase, Source
 
@@ -270,7 +270,7 @@ def test_a_breach_is_a_reading_above_its_cap(stages, cap):
     for stage in stages:
         seen = wanted.get((stage.name, "a"))
         windows = stage.cuts["a"].order.num_windows
-        if seen and seen["samples"] and seen["tokens"] / LENGTH > cap * windows + SAMPLE_TOLERANCE + 1e-6:
+        if seen and seen["samples"] and seen["tokens"] / LENGTH > cap * windows + slack(stage.num_samples) + 1e-6:
             over.add(stage.name)
     found = list(breaches(stages, found=readings(stages, seed=SEED)))
     assert {reading.stage for reading, _ in found} == over

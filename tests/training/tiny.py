@@ -14,7 +14,8 @@ MODEL = dict(
     attention_bias=False, mlp_bias=False,
 )  # fmt: skip
 LAYOUT = dict(
-    tp=1, pp=1, vpp=1, cp=1, cp_comm_type="p2p", sequence_parallel=False, micro_batch_size=1, recompute="none", distributed_optimizer=True,
+    tp=1, pp=1, vpp=1, cp=1, cp_comm_type="p2p",
+    sequence_parallel=False, micro_batch_size=1, recompute="none", distributed_optimizer=True,
     overlap_grad_reduce=False, overlap_param_gather=False,
 )  # fmt: skip
 PRECISION = dict(
