@@ -1,10 +1,11 @@
 """Exposure: how often each source is read over the stages of a run, as exact arithmetic on the tables of mixing.py."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from data_prep.mixing import PhaseRow, names_of, schedule_of, slack
-from data_prep.order import Schedule, SourceOrder, carry_over
+from data_prep.order import SLOTS, Schedule, SourceOrder, carry_over
 from data_prep.spec import Source
 
 
@@ -57,7 +58,7 @@ class _Account:
 
     order: SourceOrder | None = None
     position: int = 0
-    furthest: float = 0.0
+    furthest: tuple[int, int] = (0, 0)  # epoch, and tokens in it
     tokens: float = 0.0
     epochs: float | None = 0.0
 
@@ -65,8 +66,9 @@ class _Account:
 _Accounts = dict[str, _Account]
 
 
-def readings(stages: Sequence[StageUse], *, seed: int) -> list[Reading]:
-    """A reading for each source of each stage. A stage goes on from the one it starts from, whichever came between."""
+def readings(stages: Sequence[StageUse], *, seed: int, find_repeats: bool = True) -> list[Reading]:
+    """A reading for each source of each stage. A stage goes on from the one it starts from, whichever came between. Without
+    `find_repeats`, which takes milliseconds a source, first_repeat is None."""
     roots = {name: source.parent or name for stage in stages for name, source in stage.sources.items()}
     starts: dict[str, _Accounts] = {}
     ends: dict[str, _Accounts] = {}
@@ -77,7 +79,7 @@ def readings(stages: Sequence[StageUse], *, seed: int) -> list[Reading]:
         if stage.init_from in starts and stage.replay_sample is not None:
             _rewind(accounts, stage=stage, parent=by_name[stage.init_from], start=starts[stage.init_from], seed=seed)
         starts[stage.name], ends[stage.name] = _copy(accounts), accounts
-        found += _read_stage(stage, accounts=accounts, roots=roots, seed=seed)
+        found += _read_stage(stage, accounts=accounts, roots=roots, seed=seed, find_repeats=find_repeats)
     return found
 
 
@@ -102,7 +104,9 @@ def _start(account: _Account | None, *, cut: Cut) -> tuple[int, int]:
     return carry_over(account.order, account.position, cut.order)
 
 
-def _read_stage(stage: StageUse, *, accounts: _Accounts, roots: Mapping[str, str], seed: int) -> Iterator[Reading]:
+def _read_stage(
+    stage: StageUse, *, accounts: _Accounts, roots: Mapping[str, str], seed: int, find_repeats: bool
+) -> Iterator[Reading]:
     names = names_of(stage.rows)
     schedule = schedule_of(stage.rows, names=names, seed=seed)
     counts = dict(zip(names, schedule.counts(stage.num_samples).tolist(), strict=True))
@@ -110,7 +114,7 @@ def _read_stage(stage: StageUse, *, accounts: _Accounts, roots: Mapping[str, str
     skipped = {name: _advance(accounts, name, samples=samples, stage=stage) for name, samples in counts.items()}
     for index, name in enumerate(names):
         unread = _unread_windows(name, stage=stage, before=before, counts=counts, roots=roots)
-        repeats = unread is not None and unread < counts[name]
+        repeats = find_repeats and unread is not None and unread < counts[name]
         earlier = before.get(name, _Account())
         yield Reading(
             stage=stage.name,
@@ -134,7 +138,7 @@ def _advance(accounts: _Accounts, name: str, *, samples: int, stage: StageUse) -
         return 0
     begin, skipped = _start(account, cut=cut)
     account.order, account.position = cut.order, begin + samples
-    account.furthest = max(account.furthest, cut.order.epochs(account.position))
+    account.furthest = max(account.furthest, _place(account.position, order=cut.order))
     if account.epochs is not None:
         account.epochs += samples / cut.order.num_windows
     return skipped
@@ -155,7 +159,13 @@ def _unread_windows(
         return 0
     account = before.get(name, _Account())
     begin, _ = _start(account, cut=cut)
-    return 0 if cut.order.epochs(begin) < account.furthest else max(0, cut.order.num_windows - begin)
+    return 0 if _place(begin, order=cut.order) < account.furthest else max(0, cut.order.num_windows - begin)
+
+
+def _place(position: int, *, order: SourceOrder) -> tuple[int, int]:
+    """Epoch, and tokens in it: to be compared over sequence lengths."""
+    epoch, windows = divmod(position, order.num_windows)
+    return epoch, windows * order.seq_length
 
 
 def _family(name: str, *, roots: Mapping[str, str]) -> list[str]:
@@ -171,23 +181,31 @@ def _family_epochs(name: str, *, accounts: _Accounts, roots: Mapping[str, str]) 
 
 
 def _sample_of(index: int, *, count: int, schedule: Schedule) -> int:
-    """The first sample of a stage that is number `count` (from 0) of a source, by bisection."""
-    low, high = 0, 1
-    while schedule.counts(high)[index] <= count:
-        low, high = high, high * 2
+    """The first sample of a stage that is number `count` (from 0) of a source: bisection, from where its share in the phase
+    says. There is one."""
+    phase = next(p for p in reversed(range(len(schedule.starts))) if schedule.counts(schedule.starts[p])[index] <= count)
+    start, share = schedule.starts[phase], schedule.blends[phase].slots[index] / SLOTS
+    while not share:  # the source pauses; the count is reached in a later phase
+        phase += 1
+        start, share = schedule.starts[phase], schedule.blends[phase].slots[index] / SLOTS
+    expected = start + (count - int(schedule.counts(start)[index])) / share
+    low, high = max(start, math.floor(expected - 32 / share)), math.ceil(expected + 32 / share)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if schedule.counts(middle)[index] <= count else (low, middle)
-    return low
+    return int(low)
 
 
 def breaches(stages: Sequence[StageUse], *, found: Sequence[Reading]) -> Iterator[tuple[Reading, float]]:
-    """Readings that end above the cap of their source, and that cap."""
+    """Readings that end above a cap, and that cap: their source's, or the parent's that they are a part of, whose reading it
+    then counts as."""
     by_name = {stage.name: stage for stage in stages}
     for reading in found:
         stage = by_name[reading.stage]
-        cap, cut = stage.sources[reading.source].max_epochs, stage.cuts.get(reading.source)
-        if cap is None or cut is None or reading.epochs is None or not reading.samples:
+        cut = stage.cuts.get(reading.source)
+        if cut is None or reading.epochs is None or not reading.samples:
             continue
-        if reading.epochs > cap + slack(stage.num_samples) / cut.order.num_windows:
-            yield reading, cap
+        for name in dict.fromkeys((reading.source, stage.sources[reading.source].parent or reading.source)):
+            cap = stage.sources[name].max_epochs if name in stage.sources else None
+            if cap is not None and reading.epochs > cap + slack(stage.num_samples) / cut.order.num_windows:
+                yield replace(reading, source=name), cap

@@ -125,6 +125,9 @@ def check_stage(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
         start = settings.global_batch_size % ramp.increment or ramp.increment
         fix = f"start={start}, or an increment that divides the difference"
         yield Problem("stage.rampup_batch_size", found, rule, fix)
+    if ramp is not None and ramp.tokens >= settings.tokens:
+        rule = f"the stage ends at {settings.tokens:g} tokens: it would never have its batch"
+        yield Problem("stage.rampup_batch_size.tokens", f"{ramp.tokens:g}", rule, "fewer, or more stage.tokens")
     if settings.validation.max_tokens < settings.seq_length:
         rule = f"it must hold one window of stage.seq_length ({settings.seq_length})"
         fix = f"stage.validation.max_tokens={settings.seq_length}"

@@ -17,7 +17,9 @@ Found = tuple[str | None, Problem]
 def check_mixtures(config: RunConfig) -> Iterator[Found]:
     """What is wrong in the mixtures; caps are counted where nothing else is."""
     wrong = [*check_sources(config), *check_identity(config), *check_replays(config)]
-    wrong += check_amounts(config, sizes=assumed_sizes(config), prepared=False)
+    stages = {stage for stage, _ in wrong}
+    amounts = check_amounts(config, sizes=assumed_sizes(config), prepared=False)
+    wrong += [(stage, problem) for stage, problem in amounts if stage not in stages]
     yield from wrong or check_caps(config, sizes=assumed_sizes(config))
 
 
@@ -138,7 +140,7 @@ def check_caps(config: RunConfig, *, sizes: Sizes, tables: Tables | None = None)
     except AmountError:  # reported as such
         return
     uses = stage_uses(config, sizes=sizes, tables={**planned, **(tables or {})})
-    for reading, cap in breaches(uses, found=readings(uses, seed=config.run.seed)):
+    for reading, cap in breaches(uses, found=readings(uses, seed=config.run.seed, find_repeats=False)):
         yield reading.stage, _breach(reading, cap=cap, stage=config.stage(reading.stage), sizes=sizes)
 
 

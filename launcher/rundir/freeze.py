@@ -43,7 +43,8 @@ def open_run(config: RunConfig, *, prepared: Prepared, on_change: Callable[[str]
         if run.config.exists():
             _reopen(run, config=config, prepared=prepared, on_change=on_change)
         else:
-            record_order(run, config, selected=config.stage_names, prepared=prepared, on_change=on_change)
+            run.order.unlink(missing_ok=True)  # of a launch that ended before it wrote the config
+            record_order(run, config, frozen=None, prepared=prepared, on_change=on_change)
             _write(run, config=config, prepared=prepared)
             append_record(run.events, "created", stages=list(config.stage_names))
         _record_code(run)
@@ -82,9 +83,10 @@ def refuse_foreign(run: RunDir) -> None:
         return
     if not run.root.is_dir():
         raise RunStateError(f"{run.root} is a file; a run is a directory. Fix: another run.name or run.runs_dir")
-    # A crash before the config was written leaves the lock or a temporary file behind.
+    # A crash before the config was written leaves the lock, the order or a temporary file behind.
     names = sorted(path.name for path in run.root.iterdir())
-    foreign = [name for name in names if name != run.lock.name and not name.startswith(".config.yaml")]
+    ours = (run.lock.name, run.order.name)
+    foreign = [name for name in names if name not in ours and not name.startswith((".config.yaml", ".order.json"))]
     if foreign:
         found = f"{run.root} holds {', '.join(foreign[:3])}{' ...' if len(foreign) > 3 else ''} and no config.yaml"
         raise RunStateError(f"{found}: it is not a run. Fix: another run.name, or move these files away")
@@ -109,7 +111,7 @@ def _reopen(run: RunDir, *, config: RunConfig, prepared: Prepared, on_change: Ca
     merged = merge(frozen, config=config)
     if merged != frozen:
         check_run(merged)
-    record_order(run, merged, selected=config.stage_names, prepared=prepared, on_change=on_change)
+    record_order(run, merged, frozen=frozen, prepared=prepared, on_change=on_change)
     if merged != frozen:
         _write(run, config=merged, prepared=prepared)
         _record(run, changes=changes)

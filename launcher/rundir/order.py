@@ -4,7 +4,7 @@ A mixture changed on resume is a new phase "from here on": what the run has read
 """
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from data_prep.errors import DataError
@@ -21,7 +21,7 @@ from data_prep.order import SLOTS
 from data_prep.storage import FileState
 from launcher.config.check_mixture import check_caps, problem_of
 from launcher.config.errors import ConfigError
-from launcher.config.reading import assumed_sizes, extent_of, plan_tables
+from launcher.config.reading import Sizes, assumed_sizes, extent_of, plan_tables
 from launcher.config.schema import RunConfig, StageConfig
 from launcher.config.validate import merge_over_stages
 from launcher.plan.prepared import Prepared, known_sizes
@@ -35,36 +35,44 @@ Rows = list[PhaseRow]
 
 
 def record_order(
-    run: RunDir, config: RunConfig, *, selected: Sequence[str], prepared: Prepared, on_change: Callable[[str], None]
+    run: RunDir, config: RunConfig, *, frozen: RunConfig | None, prepared: Prepared, on_change: Callable[[str], None]
 ) -> None:
-    """Writes the phases of the selected stages, amended where the mixture or the horizon changed, and the state of every shard.
+    """Writes the phases of the stages, amended where the mixture or the horizon changed, and the state of every shard.
+    `frozen`: the config before, of a run that exists.
 
     ConfigError: an amount that cannot be met, a cap that is broken. RunStateError: a phase in the past was changed, or a shard
     replaced since the launch."""
-    before = recorded_tables(run)
-    tables = {name: _table(run, config.stage(name), config, before.get(name), prepared) for name in selected}
     sizes = {**known_sizes(config), **prepared.sizes}
-    if found := list(check_caps(config, sizes=sizes, tables={**before, **tables})):
+    before = tables_before(run, frozen, sizes=sizes)
+    tables = {stage.stage.name: _table(run, stage, config, before.get(stage.stage.name), sizes) for stage in config.stages}
+    if found := list(check_caps(config, sizes=sizes, tables=tables)):
         raise ConfigError(*merge_over_stages(found, names=config.stage_names))
     refuse_replaced_shards(run, prepared=prepared)
     _write(run, tables={**before, **tables}, prepared=prepared)
     for name, rows in tables.items():
         for row in rows:
-            if before.get(name) and row not in before[name]:
+            if name in before and row not in before[name]:
                 _tell(run, name, row, config=config, on_change=on_change)
 
 
-def _table(run: RunDir, stage: StageConfig, config: RunConfig, recorded: Rows | None, prepared: Prepared) -> Rows:
-    extent = extent_of(stage, sizes=prepared.sizes)
+def tables_before(run: RunDir, frozen: RunConfig | None, *, sizes: Sizes) -> dict[str, Rows]:
+    """The phases as recorded. A run from before order.json had one phase a stage: that of its frozen mixture."""
+    recorded = recorded_tables(run)
+    for stage in frozen.stages if frozen else ():
+        if stage.stage.name not in recorded and samples_read(run, stage.stage.name):
+            recorded[stage.stage.name] = plan_phases(stage.mixture, extent=extent_of(stage, sizes=sizes))
+    return recorded
+
+
+def _table(run: RunDir, stage: StageConfig, config: RunConfig, recorded: Rows | None, sizes: Sizes) -> Rows:
+    extent = extent_of(stage, sizes=sizes)
     read = samples_read(run, stage.stage.name)
-    if not recorded and read:  # a run from before order.json had one phase, which its checkpoint has read by
-        recorded = plan_phases(stage.mixture, extent=extent)
     if not recorded or not read:
         try:
             return plan_phases(stage.mixture, extent=extent)
         except AmountError as error:
             raise ConfigError(problem_of(error)) from error
-    refuse_lost_sources(run, stage, recorded=recorded)
+    refuse_lost_sources(run, stage, recorded=[row for row in recorded if row.start_sample < read])
     try:
         return amend_phases(recorded, stage.mixture, extent=extent, samples_read=read, seed=config.run.seed)
     except AmountError as error:

@@ -205,11 +205,11 @@ AMOUNTS = [
         [{"a": {"share": 0.5, "tokens": 80.0}, **shares(b=0.5)}],
         "sources.a", "share 0.5 and tokens 80", "one of share, epochs, tokens", "keep one of them",
     ),
-    ([shares(a=1.0), (400, {"a": {}})], "phases.sources.a", "no amount", "one of share, epochs, tokens", "keep one of them"),
-    ([shares(a=1.0), (400, shares(a=0.9))], "phases.sources", "in sum 0.9", "must sum to 1", "a 1"),
+    ([shares(a=1.0), (400, {"a": {}})], "phases.0.sources.a", "no amount", "one of share, epochs, tokens", "keep one of them"),
+    ([shares(a=1.0), (400, shares(a=0.9))], "phases.0.sources", "in sum 0.9", "must sum to 1", "a 1"),
     (
         [shares(a=1.0), (400, {"a": tokens(500)})],
-        "phases.sources", "4000 tokens in a phase of 4800", "they must fill the phase", "a length of 4000 tokens",
+        "phases.0.sources", "4000 tokens in a phase of 4800", "they must fill the phase", "a length of 4000 tokens",
     ),
     (
         [shares(a=1.0), (400, shares(a=1.0)), (400, shares(b=1.0))],
@@ -352,7 +352,7 @@ PAST_CHANGES = [
     ([shares(a=0.5, b=0.5), (401, PAST[1][1])], "phases", "3208 tokens, in the past", "what was read stays", "5600 or later"),
     (
         [shares(a=0.5, b=0.5), (400, {"a": tokens(10), **shares(b=1.0)})],
-        "phases.sources.a", "80 tokens in this phase", "of it were read already", "or leave the source out",
+        "phases.0.sources.a", "80 tokens in this phase", "of it were read already", "or leave the source out",
     ),
 ]  # fmt: skip
 
