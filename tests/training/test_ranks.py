@@ -28,6 +28,7 @@ CASES = {
         "packed:tp2_cp2", "packed:pp2_vpp2_cp2",
     ],
 }  # fmt: skip
+CASES_AT_ONCE = 8  # gloo leaves 90 threads behind for every layout that a process has been
 # Sums of the same fp32 products in another order: the largest relative difference seen was below 1e-6.
 TOLERANCE = 5e-6
 
@@ -39,8 +40,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     write_sources(work / "data")
     found: dict[str, Any] = {}
     for world_size, cases in CASES.items():
-        run_ranks(work, world_size=world_size, cases=cases)
-        found |= json.loads((work / f"world{world_size}.json").read_text())
+        for first in range(0, len(cases), CASES_AT_ONCE):
+            run_ranks(work, world_size=world_size, cases=cases[first : first + CASES_AT_ONCE])
+            found |= json.loads((work / f"world{world_size}.json").read_text())
     return found
 
 

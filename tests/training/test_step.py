@@ -233,16 +233,16 @@ def test_data_parallel_ranks_share_the_global_batch(micro_batch_size: int, dp_si
     config, settings = feeding(root, layout=dict(micro_batch_size=micro_batch_size))
     data = StageData(config, settings, ledger={})
     for first_sample in (0, 8, 45):
-        windows, sources = data.read(first_sample, 8)
+        rows, _ = data.read(first_sample, 8)
         batches = [
             batch
             for rank in range(dp_size)
             for batch in TrainingFeed(data, settings, rank=place(rank, dp_size)).batch(first_sample) or []
         ]
         assert {len(batch.tokens_BS) for batch in batches} == {micro_batch_size}
-        assert torch.cat([batch.tokens_BS for batch in batches]).tolist() == windows[:, :-1].tolist()
-        assert torch.cat([batch.labels_BS for batch in batches]).tolist() == windows[:, 1:].tolist()
-        assert torch.cat([batch.source_B for batch in batches]).tolist() == sources.tolist()
+        assert torch.cat([batch.tokens_BS for batch in batches]).tolist() == rows.tokens.tolist()
+        assert torch.cat([batch.labels_BS for batch in batches]).tolist() == rows.labels.tolist()
+        assert torch.cat([batch.source_B for batch in batches]).tolist() == rows.source.tolist()
         assert all(torch.equal(batch.positions_BS, torch.arange(32).expand(micro_batch_size, -1)) for batch in batches)
 
 
