@@ -9,6 +9,7 @@ import resource
 import threading
 import time
 import weakref
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -246,7 +247,7 @@ def local_state(stat: os.stat_result) -> FileState:
     return FileState(stat.st_size, str(stat.st_mtime_ns))
 
 
-class LocalShard:
+class LocalShard(ABC):
     """A .bin held open, so that a file that takes its name does not disturb the reads."""
 
     def __init__(self, path: str, *, dtype: str, state: FileState):
@@ -282,8 +283,9 @@ class LocalShard:
         for row, start in zip(rows, starts, strict=True):
             os.posix_fadvise(self._descriptor, start * size, len(row) * size, os.POSIX_FADV_WILLNEED)
 
+    @abstractmethod
     def _copy(self, rows: Sequence[Row], starts: Sequence[int]) -> None:
-        raise NotImplementedError
+        """Fills each row from its start; the file is as long as it was."""
 
     def _check(self) -> None:
         found = os.fstat(self._descriptor)

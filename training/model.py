@@ -99,6 +99,7 @@ def _layout_fields(layout: Layout, *, has_variable_lengths: bool) -> dict[str, A
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }[layout.recompute]
+    overlaps_sends = torch.cuda.is_available() and layout.vpp > 1
     return dict(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
@@ -108,8 +109,10 @@ def _layout_fields(layout: Layout, *, has_variable_lengths: bool) -> dict[str, A
         cp_comm_type=layout.cp_comm_type if layout.cp > 1 else None,
         # gloo has no batched send and receive; with NCCL it is Megatron's default outside interleaving.
         batch_p2p_comm=torch.cuda.is_available() and layout.vpp == 1,
-        overlap_p2p_comm=torch.cuda.is_available() and layout.vpp > 1,
-        deallocate_pipeline_outputs=True,
+        overlap_p2p_comm=overlaps_sends,
+        # The interleaved schedule with overlapped sends would free an output before its send is waited for
+        # (schedules.py:1600 and 1634): over gloo, losses were off by up to 2%.
+        deallocate_pipeline_outputs=not overlaps_sends,
         # A packed row padded for context parallelism is as long as its documents make it. Interleaving must then overlap: else
         # shapes of both directions go in one batch (p2p_communication.py:212) and cross at pp = 2, between the same two ranks.
         variable_seq_lengths=has_variable_lengths,

@@ -79,6 +79,18 @@ def check_sequence(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem
         yield Problem("stage.seq_length", str(seq_length), rule, "another seq_length or a smaller layout.cp")
 
 
+def check_all_to_all(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
+    """a2a gives each context-parallel rank whole heads of a tensor-parallel rank."""
+    layout, model = stage.layout, config.model
+    if layout.cp_comm_type != "a2a" or layout.cp == 1:
+        return
+    for name in ("num_attention_heads", "num_query_groups"):
+        held = max(1, getattr(model, name) // layout.tp)
+        if held % layout.cp:
+            rule = f"layout.cp ({layout.cp}) must divide the {held} of model.{name} that a rank of tp {layout.tp} holds"
+            yield Problem("layout.cp_comm_type", "a2a", rule, "layout.cp_comm_type=p2p, or a smaller layout.cp")
+
+
 def check_overlap(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
     layout = stage.layout
     for needed in ("distributed_optimizer", "overlap_grad_reduce"):
@@ -98,5 +110,6 @@ LAYOUT_RULES: tuple[Callable[..., Iterator[Problem]], ...] = (
     check_pipeline,
     check_tensor,
     check_sequence,
+    check_all_to_all,
     check_overlap,
 )

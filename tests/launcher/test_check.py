@@ -68,6 +68,11 @@ LAYOUTS = [
     ),
     ([ONE, "layout.cp=2", "stage.seq_length=2"], "stage.seq_length", ["2 * cp (4) must divide it"]),
     (
+        [ONE, "layout.cp=2", "layout.cp_comm_type=a2a", "model.num_query_groups=1"],
+        "layout.cp_comm_type",
+        ["must divide the 1 of model.num_query_groups", "layout.cp_comm_type=p2p"],
+    ),
+    (
         [ONE, "layout.overlap_param_gather=true", "layout.overlap_grad_reduce=true", "layout.distributed_optimizer=false"],
         "layout.overlap_param_gather",
         ["needs layout.distributed_optimizer"],

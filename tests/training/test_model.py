@@ -17,7 +17,7 @@ from tests.training.world import cpu_seams, model, one_rank, stage
 from training import model as training_model
 from training import optimizer as training_optimizer
 from training.errors import PrecisionError, exit_class
-from training.model import build_chunk, build_model, transformer_config
+from training.model import _layout_fields, build_chunk, build_model, transformer_config
 from training.optimizer import build_optimizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -249,6 +249,16 @@ def test_recompute(recompute: str) -> None:
     config = transformer_config(stage(layout=dict(recompute=recompute)), model=model())
     found = config.recompute_granularity, config.recompute_method, config.recompute_num_layers, config.recompute_modules
     assert found == RECOMPUTE[recompute]
+
+
+@pytest.mark.parametrize("vpp", [1, 2])
+def test_outputs_are_not_freed_while_they_are_sent(vpp: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPU ranks, whose interleaved stages overlap what they send with what they compute."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    fields = _layout_fields(stage(layout=dict(pp=2, vpp=vpp)).layout, has_variable_lengths=False)
+    assert fields["overlap_p2p_comm"] == (vpp == 2)
+    assert fields["deallocate_pipeline_outputs"] == (vpp == 1)
+
 
 
 def test_layout() -> None:
