@@ -142,7 +142,7 @@ CONFIGS = [
     ),
     (
         [ONE, "+mixture.phases=[{start_tokens: 1e6, sources: {code: {share: 0.5}}}]"],
-        "mixture.phases.sources",
+        "mixture.phases.0.sources",
         ["in sum 0.5", "must sum to 1"],
     ),
     ([ONE, "stage.replay_from_tokens=0"], "stage.replay_from_tokens", ["it starts from none", "replay_from_tokens=null"]),

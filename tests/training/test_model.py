@@ -260,7 +260,6 @@ def test_outputs_are_not_freed_while_they_are_sent(vpp: int, monkeypatch: pytest
     assert fields["deallocate_pipeline_outputs"] == (vpp == 1)
 
 
-
 def test_layout() -> None:
     layout = dict(tp=2, pp=2, vpp=2, cp=2, sequence_parallel=True)
     config = transformer_config(stage(layout=layout), model=model())
