@@ -234,7 +234,7 @@ def _without_copies(texts: Iterable[Text]) -> list[Text]:
 
 
 def _write_raw(raw: Path, *, corpora: dict[str, list[Text]]) -> None:
-    work = partial(raw)
+    work = raw.with_name(f"{raw.name}.partial")  # the same for every process: what a killed one left is removed
     shutil.rmtree(work, ignore_errors=True)
     for name, texts in corpora.items():
         (work / name).mkdir(parents=True)

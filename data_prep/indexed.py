@@ -8,10 +8,12 @@ import contextlib
 import errno
 import mmap
 import os
+import re
 import shutil
+import socket
 import struct
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -93,7 +95,7 @@ def map_tokens(bin_path: Path, index: Index) -> Ids:
 
 class ShardWriter:
     """Writes one shard, a sequence a document. Both files appear under their names at `close`, complete and synced; before
-    that they carry `.partial`, and an error or `abort` removes them.
+    that they carry their writer's name and `.partial`, and an error or `abort` removes them.
 
     DataError: the disk or the file-size limit is full."""
 
@@ -110,12 +112,17 @@ class ShardWriter:
 
     def add_document(self, ids: Ids) -> None:
         """Appends a document of `ids` [tokens], its EOD included."""
-        _check_ids(ids, dtype=self._dtype)
+        self.add_documents(ids, lengths=[len(ids)])
+
+    def add_documents(self, ids: Ids, *, lengths: Sequence[int] | NDArray[np.integer[Any]]) -> None:
+        """Appends documents that lie end to end in `ids` [tokens], their EODs included; `lengths` [documents] adds up to it."""
+        sizes = np.asarray(lengths, dtype=np.int64)
+        _check_ids(ids, lengths=sizes, dtype=self._dtype)
         data = np.ascontiguousarray(ids, dtype=self._dtype).data
         with naming_full_disk(self._bin):
             self._file.write(data)
         self._hash.update(data)
-        self._lengths.append(len(ids))
+        self._lengths.frombytes(sizes.astype(np.int32).tobytes())
         self.tokens += len(ids)
 
     def close(self) -> ShardEntry:
@@ -187,8 +194,14 @@ def naming_full_disk(path: Path) -> Iterator[None]:
 
 
 def partial(path: Path) -> Path:
-    """The name of a file while it is written."""
-    return path.with_name(f"{path.name}.partial")
+    """The name of a file while this process writes it; another that writes the same file takes another."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+
+
+def writer_of(path: Path) -> int | None:
+    """The process of this machine that gave a file its partial name; None where another machine's did."""
+    found = re.search(rf"\.{re.escape(socket.gethostname())}\.(\d+)\.partial$", path.name)
+    return int(found[1]) if found else None
 
 
 def sync_directory(directory: Path) -> None:
@@ -206,10 +219,15 @@ def _sync_and_close(file: Any) -> None:
         os.fsync(file.fileno())
 
 
-def _check_ids(ids: Ids, *, dtype: IdsType) -> None:
+def _check_ids(ids: Ids, *, lengths: NDArray[np.int64], dtype: IdsType) -> None:
     """numpy wraps ids that are too large without a word."""
-    if not 0 < len(ids) <= MAX_SEQUENCE_TOKENS:
-        raise DataError(f"a document of {len(ids):,} tokens; a shard holds documents of 1 to {MAX_SEQUENCE_TOKENS:,}; split it")
+    wrong = lengths[(lengths <= 0) | (lengths > MAX_SEQUENCE_TOKENS)]
+    if len(wrong):
+        raise DataError(f"a document of {wrong[0]:,} tokens; a shard holds documents of 1 to {MAX_SEQUENCE_TOKENS:,}; split it")
+    if lengths.sum() != len(ids):
+        raise DataError(
+            f"documents of {lengths.sum():,} tokens in {len(ids):,} ids; a shard's documents lie end to end; report it"
+        )
     if ids.dtype != dtype and (int(ids.min()) < 0 or int(ids.max()) > np.iinfo(dtype).max):
         raise DataError(
             f"token ids {ids.min()} to {ids.max()} do not fit in {dtype}; the shards' dtype must hold the vocabulary"

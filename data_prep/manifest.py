@@ -6,6 +6,7 @@ Reading needs numpy and pydantic alone. Fields and rules: docs/data_format.md.
 import contextlib
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, asdict
 from hashlib import blake2b
@@ -18,18 +19,20 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from data_prep.errors import DataError
+from data_prep.fields import STRICT
 from data_prep.indexed import Ids, Index, ShardEntry, map_tokens, naming_full_disk, partial, read_index, sync_directory
-from data_prep.spec import STRICT
 from data_prep.storage import Folder, as_folder
 
 __all__ = [
     "Manifest",
     "ShardEntry",
     "SplitEntry",
+    "Statistics",
     "TokenizerEntry",
     "accepted_states",
     "damaged_shards",
     "document_lengths",
+    "encode_manifest",
     "import_shards",
     "imported_manifest",
     "read_manifest",
@@ -64,8 +67,24 @@ class SplitEntry:
 
 
 @dataclass(config=STRICT, frozen=True)
+class Statistics:
+    """What was seen on the way. `rows` = documents + empty + rejected + dropped. `dropped`: rows by step and reason; `found`:
+    kept documents by what a step said of them, such as their language. `length_documents`, `length_tokens`: of training
+    documents with 2^b to 2^(b+1) - 1 tokens, EOD included, at place b. `code`: the versions of data_prep that wrote it."""
+
+    _: KW_ONLY
+    rows: int
+    dropped: dict[str, dict[str, int]]
+    found: dict[str, dict[str, int]]
+    length_documents: tuple[int, ...]
+    length_tokens: tuple[int, ...]
+    code: tuple[str, ...]
+
+
+@dataclass(config=STRICT, frozen=True)
 class Manifest:
-    """A source on disk. `text_bytes`: UTF-8 bytes of its documents. `settings`: what made it, compared on the next run."""
+    """A source on disk. `text_bytes`: UTF-8 bytes of its documents. `settings`: what made it, compared on the next run.
+    `statistics` is missing where shards were imported, or made before there were any."""
 
     _: KW_ONLY
     format_version: int
@@ -78,6 +97,7 @@ class Manifest:
     settings: dict[str, bool | int | float | str]
     rejected_rows: int
     empty_documents: int
+    statistics: Statistics | None = None
 
 
 def dtype_for(vocab_size: int) -> Literal["int32", "uint16"]:
@@ -118,14 +138,19 @@ def write_manifest(directory: Path, *, manifest: Manifest) -> None:
     """Writes manifest.json in one step: readers see the old one, the new one, or none. DataError: the disk is full."""
     path = directory / FILE
     try:
-        with naming_full_disk(path), partial(path).open("w", encoding="utf-8") as file:
-            json.dump(asdict(manifest), file, indent=2)
+        with naming_full_disk(path), partial(path).open("wb") as file:
+            file.write(encode_manifest(manifest))
             file.flush()
             os.fsync(file.fileno())
         partial(path).replace(path)
     finally:
         partial(path).unlink(missing_ok=True)
     sync_directory(directory)
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """As manifest.json has it."""
+    return json.dumps(asdict(manifest), indent=2).encode()
 
 
 def import_shards(directory: Path, *, source: str, tokenizer: TokenizerEntry, held_out: Sequence[str] = ()) -> Manifest:
@@ -192,17 +217,33 @@ def document_lengths(index: Index) -> NDArray[np.int64]:
     return np.diff(_document_borders(index))
 
 
-def verify_source(directory: Path) -> list[str]:
+def verify_source(place: Path | Folder) -> list[str]:
     """What is wrong with the shards of a source, against its manifest: one line a finding, none where all is well.
 
-    Where all is well, verified.json is written: the files as they were read, see `accepted_states`."""
-    manifest = read_manifest(directory)
+    Where all is well in a folder of this machine, verified.json is written: the files as they were read, see
+    `accepted_states`. Shards in object storage are read through a folder of TMPDIR, one at a time."""
+    folder = as_folder(place)
+    manifest = read_manifest(folder)
     shards = (*manifest.train.shards, *manifest.held_out.shards)
+    directory = folder.local
+    if directory is None:
+        return [problem for shard in shards for problem in _verify_elsewhere(folder, shard=shard)]
     before = _receipt(directory, shards=shards)
     found = [problem for shard in shards for problem in _verify_shard(directory / shard.file, shard=shard)]
     if not found and before and before == _receipt(directory, shards=shards):
         _write_receipt(directory, receipt=before)
     return found
+
+
+def _verify_elsewhere(folder: Folder, *, shard: ShardEntry) -> list[str]:
+    with tempfile.TemporaryDirectory(prefix="phidias-verify-") as room:
+        try:
+            for path in _files(Path(room) / shard.file):
+                folder.copy(path.name, path)
+        except FileNotFoundError as error:
+            return [f"{folder.path(shard.file)}: {error.args[0]} is missing; prepare or copy the source again"]
+        found = _verify_shard(Path(room) / shard.file, shard=shard)
+        return [problem.replace(room, folder.place) for problem in found]
 
 
 def accepted_states(directory: Path) -> dict[str, list[Any]]:

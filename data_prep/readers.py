@@ -1,35 +1,31 @@
-"""Documents of jsonl, parquet and text files, one after the other in bounded memory, each with the place it came from.
+"""Rows of jsonl, parquet and text files in bounded memory, each with the place it came from.
 
 Nothing is skipped in silence: a row is a document, or a reject with file, line and reason; damage to a whole file stops.
 """
 
 import contextlib
-import glob
-import io
+import functools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple, cast
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import fsspec
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zstandard
-from isal import igzip, isal_zlib
 
 from data_prep.errors import DataError
 from data_prep.indexed import naming_full_disk
+from data_prep.inputs import COMPRESSIONS, DAMAGE, InputFile, find_inputs, open_input
 from data_prep.spec import Source
 
+__all__ = ["InputFile", "Piece", "Place", "Rejects", "RowCount", "Rows", "Where", "find_inputs", "read_documents", "read_piece"]
+
 BOM = b"\xef\xbb\xbf"
-COMPRESSIONS = (".gz", ".zst", ".zstd")
-EXTENSIONS = {"jsonl": (".jsonl", ".ndjson", ".json"), "parquet": (".parquet", ".pq")}  # text: any
-ISAL_ERROR = cast(type[Exception], isal_zlib.error)
-DAMAGE = (OSError, EOFError, zstandard.ZstdError, ISAL_ERROR, pa.ArrowException)
-READ_BYTES = 1 << 16  # of compressed input: what comes out at once stays small at any sane ratio
+READ_BYTES = 1 << 20
 PARQUET_ROWS = 64
+MAX_ROW_BYTES = 1 << 25
 
 
 class Where(NamedTuple):
@@ -43,13 +39,40 @@ class Where(NamedTuple):
         return self.file if self.unit == "file" else f"{self.file}, {self.unit} {self.number:,}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class InputFile:
-    """A file a source reads. `version` changes when its content is written again: mtime, or the store's etag."""
+class Piece(NamedTuple):
+    """The rows of a file that begin in bytes start..end-1; the whole file where `end` is None."""
 
-    path: str
-    size: int
-    version: str
+    file: InputFile
+    start: int = 0
+    end: int | None = None
+
+
+class Place(NamedTuple):
+    """The `number`-th row of a piece, from 1. Where that is in its file is counted when somebody asks."""
+
+    piece: Piece
+    unit: str
+    number: int
+
+    @property
+    def where(self) -> Where:
+        return Where(self.piece.file.path, self.unit, self.number + _lines_before(self.piece))
+
+    def __str__(self) -> str:
+        return str(self.where)
+
+
+class Rows(NamedTuple):
+    """Some rows of one piece: their texts, places, and what else they say (only where it was asked for)."""
+
+    texts: list[str]
+    places: list[Place]
+    fields: list[dict[str, Any]]
+
+    def only(self, kept: Sequence[int]) -> "Rows":
+        """Those with these indices."""
+        fields = [self.fields[index] for index in kept] if self.fields else []
+        return Rows([self.texts[index] for index in kept], [self.places[index] for index in kept], fields)
 
 
 @dataclass(kw_only=True)
@@ -83,117 +106,218 @@ class Rejects:
             file.write(line + "\n")
 
 
-def find_inputs(source: Source, *, name: str) -> tuple[InputFile, ...]:
-    """The files that the source's globs name, sorted by path, each once. Relative globs start at the working directory.
-
-    DataError: a glob without a match, a file whose extension the format does not have."""
-    found: dict[str, InputFile] = {}
-    for pattern in source.inputs:
-        matches = _glob(pattern)
-        if not matches:
-            raise DataError(
-                f"source '{name}': input '{pattern}' matches no file; inputs are globs (** for any folders) of local paths, "
-                f"seen from {Path.cwd()}, or of URLs; correct mixture.sources.{name}.inputs, or fetch the data"
-            )
-        found.update({identity: file for identity, file in matches.items() if identity not in found})
-    files = tuple(sorted(found.values(), key=lambda file: file.path))
-    for file in files:
-        _check_extension(file.path, format=source.format)
-    return files
-
-
 def read_documents(
     files: Iterable[InputFile], *, source: Source, counts: RowCount, rejects: Rejects
 ) -> Iterator[tuple[str, Where]]:
-    """(text, where) of every well-formed row, in order; texts may be empty. Adds to `counts` and `rejects` as it goes.
-
-    DataError: a truncated or damaged file, a missing parquet column, more rejects than tolerated."""
-    readers = {"jsonl": _read_jsonl, "parquet": _read_parquet, "text": _read_text}
+    """(text, where) of every well-formed row of whole files, in order; texts may be empty. As read_piece."""
     for file in files:
-        if not file.size and source.format != "text":
-            raise DataError(f"{file.path} is empty: 0 bytes; an input holds at least one row; fetch it again or remove it")
-        for row, where in readers[source.format or ""](file, field=source.text_field, counts=counts):
-            if isinstance(row, Malformed):
-                rejects.add(where, reason=str(row))
-            else:
-                yield row, where
+        for rows in read_piece(Piece(file), source=source, counts=counts, rejects=rejects):
+            for text, place in zip(rows.texts, rows.places, strict=True):
+                yield text, place.where
 
 
-Rows = Iterator[tuple[str | Malformed, Where]]
+def read_piece(
+    piece: Piece,
+    *,
+    source: Source,
+    counts: RowCount,
+    rejects: Rejects,
+    max_row_bytes: int = MAX_ROW_BYTES,
+    fields: Sequence[str] | None = None,
+) -> Iterator[Rows]:
+    """Every well-formed row, in order; texts may be empty. Adds to `counts` and `rejects` as it goes.
+
+    `fields`: the columns to read beside the text; None where nobody asks for what else a row says. A jsonl row says all.
+    DataError: a truncated or damaged file, a missing parquet column, more rejects than tolerated."""
+    if not piece.file.size and source.format != "text":
+        raise DataError(f"{piece.file.path} is empty: 0 bytes; an input holds at least one row; fetch it again or remove it")
+    readers = {"jsonl": _read_jsonl, "parquet": _read_parquet, "text": _read_text}
+    yield from readers[source.format or ""](
+        _Job(piece, source.text_field, counts=counts, rejects=rejects, max_bytes=max_row_bytes, fields=fields)
+    )
 
 
-def _read_jsonl(file: InputFile, *, field: str, counts: RowCount) -> Rows:
-    number = 0
-    with _naming_damage(lambda: Where(file.path, "line", number)), _open(file.path) as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                counts.blank_lines += 1
+@dataclass
+class _Job:
+    """One piece, and what is asked of it."""
+
+    piece: Piece
+    field: str
+    counts: RowCount
+    rejects: Rejects
+    max_bytes: int
+    fields: Sequence[str] | None
+
+    @property
+    def path(self) -> str:
+        return self.piece.file.path
+
+    def collect(
+        self, raws: Iterable[Any], *, first: int, unit: str, parse: Callable[[Any], tuple[str, dict[str, Any]]]
+    ) -> Rows:
+        """The well-formed of these raw rows, the first of which has number `first`."""
+        rows, keep = Rows([], [], []), self.fields is not None
+        for number, raw in enumerate(raws, start=first):
+            if raw is None:  # a blank line
                 continue
-            counts.rows += 1
-            yield _attempt(_json_text, line, field), Where(file.path, "line", number)
+            try:
+                text, fields = parse(raw)
+            except Malformed as reason:
+                self.rejects.add(Place(self.piece, unit, number).where, reason=str(reason))
+                continue
+            rows.texts.append(text)
+            rows.places.append(Place(self.piece, unit, number))
+            if keep:
+                rows.fields.append(fields)
+        return rows
 
 
-def _read_parquet(file: InputFile, *, field: str, counts: RowCount) -> Rows:
-    number = 0
-    with _naming_damage(lambda: Where(file.path, "row", number)), _open(file.path) as stream:
-        parquet = pq.ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20)
-        _check_column(file.path, schema=parquet.schema_arrow, field=field)
-        counts.rows += parquet.metadata.num_rows
-        for batch in parquet.iter_batches(batch_size=PARQUET_ROWS, columns=[field]):
-            for value in batch.column(0):
-                number += 1
-                yield _attempt(_parquet_text, value, field), Where(file.path, "row", number)
-        if number != parquet.metadata.num_rows:
-            raise EOFError(f"its footer promises {parquet.metadata.num_rows:,} rows")
+# jsonl
 
 
-def _read_text(file: InputFile, *, field: str, counts: RowCount) -> Rows:
-    where = Where(file.path, "file", 1)
-    with _naming_damage(lambda: where), _open(file.path) as stream:
-        content = stream.read()
-    counts.rows += 1
-    yield _attempt(_decode, content, field), where
+class _TooLong(NamedTuple):
+    """Stands for a line that is too long to be kept."""
+
+    size: int
 
 
-def _attempt(parse: Callable[[Any, str], str], raw: Any, field: str) -> str | Malformed:
-    try:
-        return parse(raw, field)
-    except Malformed as reason:
-        return reason
+def _read_jsonl(job: _Job) -> Iterator[Rows]:
+    number, key = 0, orjson.dumps(job.field)
+    parse = functools.partial(_json_row, field=job.field, key=key, max_bytes=job.max_bytes)
+    with _naming_damage(lambda: Place(job.piece, "line", number).where), open_input(job.path) as stream:
+        for lines in _lines(stream, piece=job.piece, max_bytes=job.max_bytes):
+            told = [None if isinstance(line, bytes) and not line.strip() else line for line in lines]
+            blank = told.count(None)
+            job.counts.blank_lines += blank
+            job.counts.rows += len(told) - blank
+            yield job.collect(told, first=number + 1, unit="line", parse=parse)
+            number += len(lines)
 
 
-def _json_text(line: bytes, field: str) -> str:
-    if line.startswith(BOM):
-        raise Malformed("starts with a byte order mark (BOM); the rule is plain UTF-8")
+def _lines(stream: Any, *, piece: Piece, max_bytes: int) -> Iterator[list[bytes | _TooLong]]:
+    """Lists of the lines that begin in the piece, without their newlines."""
+    skip_first = piece.start > 0  # from the byte before: a line that begins at `start` follows a newline there
+    if skip_first:
+        stream.seek(piece.start - 1)
+    left = None if piece.end is None else piece.end - piece.start + skip_first
+    line, read = _Line(max_bytes), getattr(stream, "read1", stream.read)  # read1: what comes before damage is not lost with it
+    while True:
+        chunk = read(READ_BYTES if left is None else min(READ_BYTES, left) or READ_BYTES)
+        if not chunk:
+            break
+        whole = chunk.split(b"\n")
+        beyond = left == 0  # behind the end lies only the rest of the last line
+        lines = [line.end(whole[0]), *(() if beyond else whole[1:-1])] if len(whole) > 1 else []
+        if skip_first and lines:
+            lines, skip_first = lines[1:], False
+        if lines:
+            yield lines
+        if len(whole) > 1 and beyond:
+            return
+        line.add(whole[-1])
+        if left is not None and not beyond:
+            left -= len(chunk)
+            if not left and (skip_first or not line.size):
+                return
+    if line.size and not skip_first:
+        yield [line.end(b"")]
+
+
+class _Line:
+    """A line that comes in parts; what is longer than `max_bytes` is counted, not kept."""
+
+    def __init__(self, max_bytes: int):
+        self._max_bytes, self._parts, self.size = max_bytes, list[bytes](), 0
+
+    def add(self, part: bytes) -> None:
+        self.size += len(part)
+        if self.size > self._max_bytes:
+            self._parts.clear()
+        elif part:
+            self._parts.append(part)
+
+    def end(self, part: bytes) -> bytes | _TooLong:
+        """The line that ends with `part`; the next part begins another."""
+        self.add(part)
+        line = _TooLong(self.size) if self.size > self._max_bytes else b"".join(self._parts)
+        self.size = 0
+        self._parts.clear()
+        return line
+
+
+@functools.lru_cache(maxsize=64)
+def _lines_before(piece: Piece) -> int:
+    """The lines that begin in front of a piece, the last of which may end in it."""
+    if not piece.start:
+        return 0
+    left, found = piece.start - 1, 1
+    with open_input(piece.file.path) as stream:
+        while left and (chunk := stream.read(min(READ_BYTES, left))):
+            found, left = found + chunk.count(b"\n"), left - len(chunk)
+    return found
+
+
+def _json_row(line: bytes | _TooLong, *, field: str, key: bytes, max_bytes: int) -> tuple[str, dict[str, Any]]:
+    if isinstance(line, _TooLong) or len(line) > max_bytes:
+        raise _too_long(line.size if isinstance(line, _TooLong) else len(line), max_bytes=max_bytes)
     try:
         row = orjson.loads(line)
     except orjson.JSONDecodeError as error:
+        if line.startswith(BOM):
+            raise Malformed("starts with a byte order mark (BOM); the rule is plain UTF-8") from error
         raise Malformed(f"is not valid JSON: {error}") from error
     if not isinstance(row, dict):
         raise Malformed(f"is a JSON {type(row).__name__}; the rule is an object with the field '{field}'")
     if field not in row:
         raise Malformed(f"has no field '{field}'; it has {', '.join(list(row)[:12]) or 'no fields'}")
-    if not isinstance(row[field], str):
-        raise Malformed(f"has {'null' if row[field] is None else type(row[field]).__name__} in '{field}'; the rule is a string")
-    return str(row[field])
+    text = row.pop(field)
+    if not isinstance(text, str):
+        raise Malformed(f"has {'null' if text is None else type(text).__name__} in '{field}'; the rule is a string")
+    if line.count(key) > 1:
+        _refuse_twice(line, field=field)
+    return text, row
 
 
-def _parquet_text(value: Any, field: str) -> str:
+def _refuse_twice(line: bytes, *, field: str) -> None:
+    """JSON readers take the last of two equal keys in silence; which text was meant, nobody can tell."""
+    found: list[str] = []
+
+    def keep(pairs: list[tuple[str, Any]]) -> None:
+        found[:] = [key for key, _ in pairs]  # the outermost object comes last
+
+    json.loads(line, object_pairs_hook=keep)
+    if found.count(field) > 1:
+        raise Malformed(f"has the field '{field}' {found.count(field)} times; the rule is once")
+
+
+# parquet
+
+
+def _read_parquet(job: _Job) -> Iterator[Rows]:
+    number = 0
+    with _naming_damage(lambda: Where(job.path, "row", number)), open_input(job.path) as stream:
+        parquet = pq.ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20)
+        _check_column(job.path, schema=parquet.schema_arrow, field=job.field)
+        columns = [job.field, *(name for name in job.fields or () if name != job.field and name in parquet.schema_arrow.names)]
+        job.counts.rows += parquet.metadata.num_rows
+        for batch in parquet.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
+            raws = list(zip(*(batch.column(name) for name in columns), strict=True))
+            yield job.collect(raws, first=number + 1, unit="row", parse=functools.partial(_parquet_row, job, columns))
+            number += len(raws)
+        if number != parquet.metadata.num_rows:
+            raise EOFError(f"its footer promises {parquet.metadata.num_rows:,} rows")
+
+
+def _parquet_row(job: _Job, columns: Sequence[str], values: Sequence[Any]) -> tuple[str, dict[str, Any]]:
     try:
-        text = value.as_py()
+        text, *others = (value.as_py() for value in values)
     except UnicodeDecodeError as error:
         raise Malformed(f"is not valid UTF-8: {error.reason} at byte {error.start}") from error
     if text is None:
-        raise Malformed(f"has null in '{field}'; the rule is a string")
-    return str(text)
-
-
-def _decode(content: bytes, field: str) -> str:
-    """A byte order mark at the start of a text file says how it is encoded and is no part of the text."""
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise Malformed(f"is not valid UTF-8: {error.reason} at byte {error.start}") from error
+        raise Malformed(f"has null in '{job.field}'; the rule is a string")
+    if len(text) > job.max_bytes:
+        raise _too_long(len(text), max_bytes=job.max_bytes)
+    return str(text), dict(zip(columns[1:], others, strict=True))
 
 
 def _check_column(path: str, *, schema: pa.Schema, field: str) -> None:
@@ -205,46 +329,31 @@ def _check_column(path: str, *, schema: pa.Schema, field: str) -> None:
         raise DataError(f"{path}: column '{field}' holds {kind}; documents are strings; set the source's text_field")
 
 
-def _check_extension(path: str, *, format: str | None) -> None:
-    known = EXTENSIONS.get(format or "")
-    if known is None:
-        return
-    pure = PurePosixPath(path)
-    compressions = COMPRESSIONS if format == "jsonl" else ()
-    suffix = PurePosixPath(pure.stem).suffix if pure.suffix in compressions else pure.suffix
-    if suffix not in known:
-        also = f", each also with {', '.join(compressions)}" if compressions else ""
-        raise DataError(
-            f"{path} has the extension '{pure.suffix}'; {format} files end in {', '.join(known)}{also}; rename or convert"
-        )
+# Plain text
 
 
-def _glob(pattern: str) -> dict[str, InputFile]:
-    """Identity -> file. fsspec's local glob neither follows links to folders nor counts links as files, so that linked data
-    would go missing: the standard library's does both, and a file that is linked twice keeps one identity."""
-    system, name = fsspec.core.url_to_fs(pattern)
-    if "file" not in (system.protocol if isinstance(system.protocol, tuple) else (system.protocol,)):
-        infos = system.glob(name, detail=True).values()
-        return {info["name"]: _remote_file(system, info) for info in infos if info["type"] == "file"}
-    names = [name] if Path(name).is_file() else glob.glob(name, recursive=True)  # noqa: PTH207 (Path.glob leaves linked folders out)
-    files: dict[str, InputFile] = {}
-    for path in map(Path, sorted(names)):
-        if not path.is_dir():
-            files.setdefault(str(path.resolve()), _local_file(path))
-    return files
+def _read_text(job: _Job) -> Iterator[Rows]:
+    with _naming_damage(lambda: Where(job.path, "file", 1)), open_input(job.path) as stream:
+        content = stream.read(job.max_bytes + 1)
+    job.counts.rows += 1
+    yield job.collect([content], first=1, unit="file", parse=functools.partial(_text_row, max_bytes=job.max_bytes))
 
 
-def _local_file(path: Path) -> InputFile:
+def _text_row(content: bytes, *, max_bytes: int) -> tuple[str, dict[str, Any]]:
+    """A byte order mark at the start of a text file says how it is encoded and is no part of the text."""
+    if len(content) > max_bytes:
+        raise _too_long(len(content), max_bytes=max_bytes)
     try:
-        status = path.stat()
-    except OSError as error:
-        raise DataError(f"cannot read input {path}: {error.strerror}; restore the file or its link, or remove it") from error
-    return InputFile(path=str(path), size=status.st_size, version=str(status.st_mtime_ns))
+        return content.decode("utf-8-sig"), {}
+    except UnicodeDecodeError as error:
+        raise Malformed(f"is not valid UTF-8: {error.reason} at byte {error.start}") from error
 
 
-def _remote_file(system: Any, info: dict[str, Any]) -> InputFile:
-    version = next((info[key] for key in ("ETag", "etag", "mtime", "LastModified", "updated", "created") if info.get(key)), "")
-    return InputFile(path=system.unstrip_protocol(info["name"]), size=info["size"], version=str(version))
+def _too_long(size: int, *, max_bytes: int) -> Malformed:
+    return Malformed(
+        f"holds {size:,} bytes or more; the rule is at most {max_bytes:,} (data.max_row_mib), so that memory stays bounded; "
+        "split the document, or raise it"
+    )
 
 
 @contextlib.contextmanager
@@ -258,48 +367,6 @@ def _naming_damage(where: Callable[[], Where]) -> Iterator[None]:
         ) from error
 
 
-@contextlib.contextmanager
-def _open(path: str) -> Iterator[Any]:
-    """The decompressed bytes of a file, as a binary stream."""
-    system, name = fsspec.core.url_to_fs(path)
-    with system.open(name, "rb") as raw:
-        if path.endswith(".gz"):
-            yield io.BufferedReader(igzip.IGzipFile(fileobj=raw, mode="rb"), 1 << 20)  # type: ignore[no-untyped-call]
-        elif path.endswith((".zst", ".zstd")):
-            yield io.BufferedReader(_Chunks(_zst_chunks(raw)), 1 << 20)
-        else:
-            yield raw
-
-
-def _zst_chunks(raw: BinaryIO) -> Iterator[bytes]:
-    """zstandard's own stream reader takes a truncated file for a finished one, so frames are followed to their end here."""
-    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # files of `zstd --long=31` too
-    frame, frames = None, 0
-    while data := raw.read(READ_BYTES):
-        while data:
-            if frame is None:
-                frame, frames = decompressor.decompressobj(), frames + 1
-            yield frame.decompress(data)
-            data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-    if frame is not None or not frames:
-        raise EOFError("the zstd stream ends inside a frame")
-
-
-class _Chunks(io.RawIOBase):
-    """A stream over an iterator of bytes."""
-
-    def __init__(self, chunks: Iterator[bytes]):
-        self._chunks, self._rest = chunks, b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._rest:
-            chunk = next(self._chunks, None)
-            if chunk is None:
-                return 0
-            self._rest = chunk
-        size = min(len(buffer), len(self._rest))
-        buffer[:size], self._rest = self._rest[:size], self._rest[size:]
-        return size
+def can_be_cut(file: InputFile, *, format: str | None) -> bool:
+    """Whether the lines of a file can be read from any byte on."""
+    return format == "jsonl" and not file.path.endswith(COMPRESSIONS)

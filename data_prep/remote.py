@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from itertools import islice
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -38,6 +39,12 @@ class RemoteFolder:
     def read_bytes(self, file: str) -> bytes:
         data: bytes = self._retried(file, lambda: self._system.cat_file(self._remote(file)))
         return data
+
+    def copy(self, file: str, target: Path) -> None:
+        try:
+            self._retried(file, lambda: self._system.get_file(self._remote(file), str(target)))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(self.path(file)) from error
 
     def states(self, files: Iterable[str]) -> dict[str, FileState]:
         wanted = set(files)

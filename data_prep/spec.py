@@ -4,28 +4,28 @@ Values live in model_configs/; these types hold the constraints. Optional fields
 """
 
 from dataclasses import KW_ONLY
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-STRICT = ConfigDict(extra="forbid", defer_build=True)
+from data_prep.curate.spec import StepSpec
+from data_prep.fields import STRICT, Float, Int, Positive, PositiveInt, Share
 
-
-def _refuse_bool(value: Any) -> Any:
-    """Python counts True as 1: `layout.tp=true` would pass as a number."""
-    if isinstance(value, bool):
-        raise ValueError("it must be a number")
-    return value
-
-
-Int = Annotated[int, BeforeValidator(_refuse_bool)]
-Float = Annotated[float, BeforeValidator(_refuse_bool)]
-
-Share = Annotated[Float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
-Positive = Annotated[Float, Field(gt=0.0, allow_inf_nan=False)]
-PositiveInt = Annotated[Int, Field(gt=0)]
-
+__all__ = [
+    "STRICT",
+    "Amount",
+    "DataSettings",
+    "Float",
+    "Int",
+    "Mixture",
+    "Phase",
+    "Positive",
+    "PositiveInt",
+    "Share",
+    "Source",
+    "TokenizerSpec",
+]
 
 SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 WindowKind = Literal["stream", "anchored", "best_fit"]
@@ -51,14 +51,17 @@ class Amount:
 class Source(Amount):
     """One named stream of documents, made from `inputs`, or the documents of at least `min_document_tokens` of a `parent`.
 
-    Its amount is that of the first phase; a source without one is read by later phases or through its buckets only.
-    `unique_tokens` is what the plan assumes until a manifest says the truth; `max_epochs` is the most often a token may be
-    read; `windows` is how it is cut, where not as the mixture says."""
+    `steps` are what its documents pass before they are tokenized, in order (docs/curation.md); `id_field` is what reports call
+    a document by. Its amount is that of the first phase; a source without one is read by later phases or through its buckets
+    only. `unique_tokens` is what the plan assumes until a manifest says the truth; `max_epochs` is the most often a token may
+    be read; `windows` is how it is cut, where not as the mixture says."""
 
     _: KW_ONLY
     inputs: tuple[str, ...] = ()
     format: Literal["jsonl", "parquet", "text"] | None = None
     text_field: str = "text"
+    id_field: str | None = None
+    steps: tuple[StepSpec, ...] = ()
     parent: SourceName | None = None
     min_document_tokens: PositiveInt | None = None
     max_epochs: Positive | None = None
@@ -107,8 +110,12 @@ class TokenizerSpec:
 class DataSettings:
     """How sources become shards and windows; the same for every stage of a run.
 
-    `held_out_fraction`: part of the documents (by keyed content hash) kept for validation. `shard_tokens`: a shard is closed
-    at the first document border past this size. `length_buckets`: documents from each of these lengths up lie in shards of
+    `held_out_fraction`: part of the documents (by keyed content hash) kept for validation. `shard_tokens`: about what a shard
+    holds. `shuffle_mib`: documents are mixed in buffers of so much text, from places far apart; 0 keeps the order of the
+    inputs. `max_row_mib`: the largest row, which bounds the memory of a worker. `oracle_fraction`: part of the documents that
+    are tokenized twice, to prove the fast tokenizer. `dropped_samples`: documents kept to look at, of each reason to drop one.
+    `num_workers`: processes on a machine, of which engine=slurm takes
+    `num_machines`. `length_buckets`: documents from each of these lengths up lie in shards of
     their own. `chunk_tokens` (C) and `group_tokens`: units of the shuffle, see docs/data_order.md. `max_rejected_rows`:
     malformed rows tolerated per source, listed in rejects.jsonl.
 
@@ -123,7 +130,12 @@ class DataSettings:
     chunk_tokens: PositiveInt
     group_tokens: PositiveInt
     num_workers: PositiveInt
+    num_machines: PositiveInt
     max_rejected_rows: Annotated[Int, Field(ge=0)]
+    max_row_mib: PositiveInt
+    shuffle_mib: Annotated[Int, Field(ge=0)]
+    oracle_fraction: Share
+    dropped_samples: Annotated[Int, Field(ge=0)]
     reader: Literal["mmap", "pread"]
     cache_dir: str | None
     cache_gib: Positive

@@ -6,6 +6,7 @@ Shards stay open in one list for the whole process, bounded by what the system a
 import mmap
 import os
 import resource
+import shutil
 import threading
 import time
 import weakref
@@ -93,6 +94,9 @@ class Folder(Protocol):
 
     def read_bytes(self, file: str) -> bytes:
         """The whole of a small file. FileNotFoundError."""
+
+    def copy(self, file: str, target: Path) -> None:
+        """A file of any size, to this machine. FileNotFoundError, with the file's name."""
 
     def states(self, files: Iterable[str]) -> dict[str, FileState]:
         """The state of each file that is there."""
@@ -198,6 +202,12 @@ class LocalFolder:
 
     def read_bytes(self, file: str) -> bytes:
         return (self.local / file).read_bytes()
+
+    def copy(self, file: str, target: Path) -> None:
+        try:
+            shutil.copyfile(self.local / file, target)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(self.path(file)) from error
 
     def states(self, files: Iterable[str]) -> dict[str, FileState]:
         wanted = set(files)

@@ -1,21 +1,30 @@
 """Text to token ids, offline: tiktoken's cl100k_base from its ranks file, or a Hugging Face tokenizer.json.
 
-No special token ever comes out of text: a document that says `<|endoftext|>` is a document about tokenizers.
+No special token ever comes out of text: a document that says `<|endoftext|>` is a document about tokenizers. cl100k's ids are
+tiktoken's, whichever engine makes them; `Oracle` checks that on a sample of what is tokenized.
 """
 
 import base64
 import hashlib
+import importlib.metadata
+import itertools
 import json
-from collections.abc import Sequence
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import xxhash
+from numpy.typing import NDArray
 
 from data_prep.errors import DataError
-from data_prep.indexed import Ids
+from data_prep.indexed import Ids, IdsType
 from data_prep.manifest import TokenizerEntry, dtype_for
 from data_prep.spec import TokenizerSpec
+from data_prep.unicode_differences import VERSIONS, utf8_if_alike
 
 CL100K_SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
 CL100K_URL = "https://openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"
@@ -32,6 +41,27 @@ CL100K_PATTERN = (
 )
 
 
+CACHE_BYTES = 200 << 20  # what a process may grow by before gigatoken's cache is dropped; building it anew takes 0.1 s
+
+
+class Encoded(NamedTuple):
+    """Token ids of texts: `ids` [tokens], end to end, in the dtype of the shards, without EOD; `lengths` [texts], in tokens."""
+
+    ids: Ids
+    lengths: NDArray[np.int64]
+
+    def documents(self) -> list[Ids]:
+        """The ids of each text: views."""
+        ends = np.cumsum(self.lengths).tolist()
+        return [self.ids[start:end] for start, end in itertools.pairwise([0, *ends])]
+
+
+def joined(documents: Sequence[Ids], *, dtype: IdsType) -> Encoded:
+    return Encoded(
+        np.concatenate([np.empty(0, dtype=dtype), *documents]), np.array([len(ids) for ids in documents], dtype=np.int64)
+    )
+
+
 class TextTokenizer(Protocol):
     """`fingerprint` is equal where equal text gets equal ids and documents the same EOD."""
 
@@ -39,8 +69,16 @@ class TextTokenizer(Protocol):
     eod_id: int
     fingerprint: str
 
+    def encode_batch(self, texts: Sequence[str]) -> Encoded:
+        """The ids of `texts`. No id of a special token among them."""
+        ...
+
     def encode_documents(self, texts: Sequence[str]) -> list[Ids]:
-        """The ids [tokens] of each text, in the dtype of the shards, without EOD. No id of a special token among them."""
+        """The ids [tokens] of each text, in the dtype of the shards, without EOD."""
+        return self.encode_batch(texts).documents()
+
+    def encode_reference(self, text: str) -> Ids:
+        """What `encode_batch` must give for `text`, by the reference implementation alone: for checks, slow."""
         ...
 
     def decode(self, ids: Sequence[int] | Ids) -> str:
@@ -63,12 +101,10 @@ def tokenizer_entry(tokenizer: TextTokenizer, *, kind: str) -> TokenizerEntry:
     )
 
 
-class Cl100k:
+class Cl100k(TextTokenizer):
     """tiktoken's cl100k_base, from `ranks`: the content of cl100k_base.tiktoken."""
 
     def __init__(self, ranks: bytes, *, eod: str):
-        import tiktoken
-
         found = hashlib.sha256(ranks).hexdigest()
         if found != CL100K_SHA256:
             raise DataError(
@@ -76,22 +112,124 @@ class Cl100k:
             )
         if eod not in CL100K_SPECIALS:
             raise DataError(f"tokenizer.eod is '{eod}'; cl100k has {', '.join(CL100K_SPECIALS)}; choose one of them")
-        self._encoding = tiktoken.Encoding(
-            "cl100k_base", pat_str=CL100K_PATTERN, mergeable_ranks=_parse_ranks(ranks), special_tokens=CL100K_SPECIALS
-        )
-        self.vocab_size: int = self._encoding.n_vocab
+        self._bpe = ExactBpe(ranks, specials=CL100K_SPECIALS)
+        self.vocab_size = self._bpe.vocab_size
         self.eod_id = CL100K_SPECIALS[eod]
         self.fingerprint = _fingerprint("cl100k", ranks, eod=eod)
-        self._dtype = np.dtype(dtype_for(self.vocab_size))
 
-    def encode_documents(self, texts: Sequence[str]) -> list[Ids]:
-        return [np.array(self._encoding.encode_ordinary(text), dtype=self._dtype) for text in texts]
+    def encode_batch(self, texts: Sequence[str]) -> Encoded:
+        return self._bpe.encode(texts)
+
+    def encode_reference(self, text: str) -> Ids:
+        return self._bpe.reference(text)
 
     def decode(self, ids: Sequence[int] | Ids) -> str:
-        return str(self._encoding.decode([int(token) for token in ids]))
+        return self._bpe.decode(ids)
 
 
-class HuggingFace:
+class ExactBpe:
+    """Byte-level BPE over cl100k's pattern, with any `ranks` (the content of a .tiktoken file): tiktoken's ids at the speed of
+    gigatoken, which gets every text that it is known to treat as tiktoken does. One thread: processes are the parallelism."""
+
+    def __init__(self, ranks: bytes, *, specials: Mapping[str, int], cache_bytes: int = CACHE_BYTES):
+        import tiktoken
+
+        self._tiktoken = tiktoken.Encoding(
+            "cl100k_base", pat_str=CL100K_PATTERN, mergeable_ranks=_parse_ranks(ranks), special_tokens=dict(specials)
+        )
+        self.vocab_size: int = self._tiktoken.n_vocab
+        self._dtype = np.dtype(dtype_for(self.vocab_size))
+        self._gigatoken = _Gigatoken(ranks, dtype=self._dtype, cache_bytes=cache_bytes) if _has_known_versions() else None
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """The ids of `texts`, special tokens spelled out in them as text. DataError: gigatoken lost a text."""
+        if not self._gigatoken:
+            return self._joined([self.reference(text) for text in texts])
+        data = [utf8_if_alike(text) for text in texts]
+        if None not in data:
+            return self._gigatoken.encode(data)
+        ids = iter(self._gigatoken.encode([text for text in data if text is not None]).documents())
+        return self._joined(
+            [self.reference(text) if alike is None else next(ids) for text, alike in zip(texts, data, strict=True)]
+        )
+
+    def reference(self, text: str) -> Ids:
+        """tiktoken's ids of `text`."""
+        return np.array(self._tiktoken.encode_ordinary(text), dtype=self._dtype)
+
+    def gigatoken_alone(self, text: str) -> Ids:
+        """gigatoken's ids of `text`, right or wrong. DataError: these versions have no RANGES, so it is not in use."""
+        if not self._gigatoken:
+            raise DataError(f"gigatoken is not in use; it is with {VERSIONS}; to derive RANGES for others, set VERSIONS first")
+        return self._gigatoken.encode([text.encode()]).ids
+
+    def decode(self, ids: Sequence[int] | Ids) -> str:
+        return str(self._tiktoken.decode([int(token) for token in ids]))
+
+    def _joined(self, documents: list[Ids]) -> Encoded:
+        return joined(documents, dtype=self._dtype)
+
+
+class _Gigatoken:
+    """gigatoken, on this thread. It keeps the ids of every new word and forgets none, so it is dropped and built again once the
+    process has grown by `cache_bytes`. What it keeps changes no id."""
+
+    def __init__(self, ranks: bytes, *, dtype: IdsType, cache_bytes: int):
+        self._ranks, self._dtype, self._cache_bytes = ranks, dtype, cache_bytes
+        self._build()
+
+    def encode(self, texts: Sequence[bytes | None]) -> Encoded:
+        """The ids of texts in UTF-8."""
+        if _resident_bytes() - self._at_start > self._cache_bytes:
+            self._build()
+        rows = self._engine.encode_batch(texts, parallel=False).layout
+        lengths = np.diff(rows.offsets.data)
+        if len(lengths) != len(texts):
+            raise DataError(
+                f"gigatoken made {len(lengths):,} documents of {len(texts):,} texts; each text is one; "
+                "uninstall gigatoken, which is slower and exact, and report this"
+            )
+        return Encoded(rows.content.data.astype(self._dtype, copy=False), lengths)
+
+    def _build(self) -> None:
+        import gigatoken
+
+        self._engine: Any = None  # before there is another: two caches at once would be the peak
+        with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:  # it reads ranks from a path only
+            file.write(self._ranks)
+            file.flush()
+            self._engine = gigatoken.Tokenizer.from_tiktoken(file.name, pretokenizer="cl100k", special_tokens={})
+        self._at_start = _resident_bytes()
+
+
+def _resident_bytes() -> int:
+    """Memory of this process. 0 where the system does not say (not Linux): the cache is then unbounded."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except FileNotFoundError:
+        return 0
+
+
+def _has_known_versions() -> bool:
+    """Whether what differs between the two packages as installed is known. Warns where not."""
+    found = {name: _version(name) for name in VERSIONS}
+    if found != VERSIONS:
+        warnings.warn(
+            f"cl100k runs on tiktoken alone, exact and ten times slower: found {found}; what differs is known of {VERSIONS}; "
+            "install these, or derive it again with `python -m data_prep.unicode_differences`",
+            stacklevel=4,
+        )
+    return found == VERSIONS
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+class HuggingFace(TextTokenizer):
     """A tokenizer.json. Padding, truncation and the tokens a chat template would add are off; normalisation is the file's."""
 
     def __init__(self, content: bytes, *, file: str, eod: str):
@@ -117,9 +255,12 @@ class HuggingFace:
         self._dtype = np.dtype(dtype_for(self.vocab_size))
         self._check_specials(fields, file=file, eod=eod)
 
-    def encode_documents(self, texts: Sequence[str]) -> list[Ids]:
+    def encode_batch(self, texts: Sequence[str]) -> Encoded:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=self._dtype) for encoding in encodings]
+        return joined([np.array(encoding.ids, dtype=self._dtype) for encoding in encodings], dtype=self._dtype)
+
+    def encode_reference(self, text: str) -> Ids:
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=self._dtype)
 
     def decode(self, ids: Sequence[int] | Ids) -> str:
         return str(self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=False))
@@ -134,6 +275,54 @@ class HuggingFace:
                     f"tokenizer.file {file} turns the text '{text}' into the special token {found[0]}; text must never become "
                     "one; split it in the pre-tokenizer, or take it out of the model's vocabulary"
                 )
+
+
+class Oracle:
+    """Tokenizes some documents a second time, with the reference, and compares. A document is in the sample by its content and
+    `seed`, wherever it stands: a second run checks the same ones. Costs `fraction` of the reference's time."""
+
+    def __init__(self, tokenizer: TextTokenizer, *, fraction: float, seed: int):
+        self._tokenizer = tokenizer
+        self._below = int(fraction * 2**64)
+        # A key of its own: with `seed` itself the sample would be the documents that are held out.
+        self._key = xxhash.xxh3_64_intdigest(f"oracle\0{seed}".encode())
+
+    def samples(self, text: str) -> bool:
+        return self._below > 0 and self._hash(text) < self._below
+
+    def check(self, texts: Sequence[str], encoded: Encoded, *, places: Sequence[object] = ()) -> None:
+        """DataError: a sampled text has other ids than the reference gives it, or there is not one length a text.
+
+        `places` [texts] say in the error where a text is from; the order in the batch does where they are left out."""
+        if len(encoded.lengths) != len(texts) or encoded.lengths.sum() != len(encoded.ids):
+            raise DataError(
+                f"{len(texts):,} texts came out as {len(encoded.lengths):,} lengths and {len(encoded.ids):,} ids, of which the "
+                f"lengths count {encoded.lengths.sum():,}; every text and id is counted once; report this: it is a fault"
+            )
+        for index, (text, found) in enumerate(zip(texts, encoded.documents(), strict=True)):
+            if self.samples(text):
+                self._compare(text, found=found, place=places[index] if places else f"document {index} of the batch")
+
+    def _compare(self, text: str, *, found: Ids, place: object) -> None:
+        wanted = self._tokenizer.encode_reference(text)
+        if np.array_equal(found, wanted):
+            return
+        both = min(len(found), len(wanted))
+        first = int(np.argmax(np.append(found[:both] != wanted[:both], True)))  # where one ends is a difference, too
+        start = len(self._tokenizer.decode(wanted[:first]))
+        raise DataError(
+            f"{place}: token {first:,} of document {self._hash(text):016x} is {_token(found, first)}, and "
+            f"{_token(wanted, first)} in the reference, near character {start:,}: {text[max(0, start - 20) : start + 20]!r}; "
+            "ids are the reference's, or the model reads another language; uninstall gigatoken if the tokenizer is cl100k "
+            "(slower, exact), and report the text"
+        )
+
+    def _hash(self, text: str) -> int:
+        return xxhash.xxh3_64_intdigest(text.encode(errors="surrogatepass"), seed=self._key)
+
+
+def _token(ids: Ids, position: int) -> str:
+    return str(ids[position]) if position < len(ids) else "missing"
 
 
 def _read(file: str | None, *, field: str, fix: str) -> bytes:

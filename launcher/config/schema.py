@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from data_prep.spec import STRICT, DataSettings, Float, Int, Mixture, Positive, PositiveInt, TokenizerSpec
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
 NonNegative = Annotated[Float, Field(ge=0.0, allow_inf_nan=False)]

@@ -24,7 +24,10 @@ from launcher.rundir.paths import RunDir
 from launcher.rundir.records import append_record, read_json, write_atomic, write_json
 
 # From each older schema_version to the next, so that new code resumes old runs.
-UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: lambda tree: add_reading(tree)}
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: lambda tree: add_reading(tree),
+    2: lambda tree: add_preparing(tree),
+}
 STAGE_TOKENS = re.compile(r"stages\.[^.]+\.stage\.tokens$")
 HEADER = "# Frozen by phidias {version}. Ranks read this file; change it by overrides to `phidias train`, not by hand.\n"
 
@@ -163,6 +166,12 @@ def add_reading(tree: dict[str, Any]) -> dict[str, Any]:
         for row in tree["stages"]
     ]
     return {**tree, "data": {**reading, **tree["data"]}, "stages": rows}
+
+
+def add_preparing(tree: dict[str, Any]) -> dict[str, Any]:
+    """Schema 2 to 3: how shards were made before it could be said."""
+    preparing: dict[str, Any] = dict(num_machines=1, max_row_mib=32, shuffle_mib=0, oracle_fraction=0.0, dropped_samples=0)
+    return {**tree, "data": {**preparing, **tree["data"]}}
 
 
 def _write(run: RunDir, *, config: RunConfig, prepared: Prepared) -> None:

@@ -1,7 +1,12 @@
-"""phidias data: raw text to shards, for every source of the selected stages. dry=true lists what would be read; action=verify
-checks shards that are there against their manifests; action=import takes over shards that Megatron wrote."""
+"""phidias data: raw text to shards, for every source of the selected stages. dry=true lists what would be read; engine=slurm
+submits the work as an array; action=verify checks shards that are there against their manifests; action=import takes over
+shards that Megatron wrote."""
 
-from collections.abc import Callable
+import os
+import shlex
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -11,11 +16,13 @@ from data_prep.build import list_inputs, prepare_sources
 from data_prep.errors import DataError
 from data_prep.manifest import Manifest, import_shards, verify_source
 from data_prep.spec import Source
+from data_prep.storage import open_folder
 from data_prep.tokenizers import build_tokenizer, tokenizer_entry
 from data_prep.windows import WindowTable, build_window_table
 from launcher.config.errors import ConfigError, Problem
 from launcher.config.reading import all_sources
 from launcher.config.schema import RunConfig
+from launcher.jobs.slurm import data_array, run_sbatch
 from launcher.plan.page import short
 from launcher.plan.preflight import check_vocabulary
 from launcher.plan.prepared import wanted_tables
@@ -23,24 +30,54 @@ from launcher.rundir.exits import ExitClass
 from launcher.verbs.data_progress import DataProgress
 from launcher.verbs.request import Request
 
-OPTIONS = {"dry": ("true", "false"), "action": ("verify", "import")}
+OPTIONS = {"dry": ("true", "false"), "action": ("verify", "import"), "engine": ("local", "slurm", "datatrove", "ray")}
 
 
 def act(request: Request) -> int:
-    actions: dict[str | None, Callable[..., int]] = {"verify": verify, "import": import_megatron, None: prepare}
-    if request.options.get("dry") == "true" and "action" in request.options:
-        rule = "dry=true lists what would be prepared, an action deals with shards that are there"
-        raise ConfigError(Problem("dry", f"dry=true with action={request.options['action']}", rule, "leave one of them out"))
-    refuse_remote(request.config)
-    action = list_only if request.options.get("dry") == "true" else actions[request.options.get("action")]
-    return action(request.config, console=Console(highlight=False, markup=False))  # file names may hold [brackets]
+    action, engine, dry = (
+        request.options.get("action"),
+        request.options.get("engine", "local"),
+        request.options.get("dry") == "true",
+    )
+    if action and (dry or "engine" in request.options):
+        other = "dry=true" if dry else f"engine={engine}"
+        rule = "dry and engine are about preparing, an action deals with shards that are there"
+        raise ConfigError(Problem("action", f"action={action} with {other}", rule, "leave one of them out"))
+    console = Console(highlight=False, markup=False)  # file names may hold [brackets]
+    if action:
+        return {"verify": verify, "import": import_megatron}[action](request.config, console=console)
+    refuse_remote_tables(request.config)
+    if dry:
+        list_only(request.config, console=console)
+    if engine == "slurm":
+        return submit(request, console=console, dry=dry)
+    return ExitClass.DONE if dry else prepare(request.config, console=console, engine=engine)
 
 
-def refuse_remote(config: RunConfig) -> None:
-    if "://" in config.run.data_dir:
-        rule = "shards are written and verified on a file system of this machine; training reads them from object storage too"
-        fix = "a local folder; copy it there when it is whole"
-        raise ConfigError(Problem("run.data_dir", config.run.data_dir, rule, fix))
+def refuse_remote_tables(config: RunConfig) -> None:
+    tables = [name for name, *_ in wanted_tables(config)] if is_remote(config) else []
+    if tables:
+        rule = "window tables are written beside shards on a file system of this machine"
+        fix = "a local folder, or windows: stream for these sources"
+        raise ConfigError(Problem("run.data_dir", f"{config.run.data_dir}, with tables of {', '.join(tables)}", rule, fix))
+
+
+def is_remote(config: RunConfig) -> bool:
+    return "://" in config.run.data_dir
+
+
+def submit(request: Request, *, console: Console, dry: bool) -> int:
+    """engine=slurm: an array whose elements share the work; each runs `phidias data` with the same overrides."""
+    refuse_unreadable_tokenizer(request.config)
+    sources = sources_of(request.config)
+    list_inputs(sources)
+    command = data_array(request.config, overrides=request.overrides)
+    console.print(shlex.join(command), soft_wrap=True)
+    if not dry:
+        console.print(
+            f"job {run_sbatch(command)}: `squeue -j` shows it, a second call goes on where it stopped", soft_wrap=True
+        )
+    return ExitClass.DONE
 
 
 def sources_of(config: RunConfig) -> dict[str, Source]:
@@ -48,17 +85,19 @@ def sources_of(config: RunConfig) -> dict[str, Source]:
     return {name: source for name, source in all_sources(config).items() if source.parent is None}
 
 
-def prepare(config: RunConfig, *, console: Console) -> int:
+def prepare(config: RunConfig, *, console: Console, engine: str) -> int:
     sources = sources_of(config)
     refuse_unreadable_tokenizer(config)
-    with DataProgress(sources, console=console) as progress:
+    with DataProgress(sources, console=console) as progress, terminated_as_interrupted():
         manifests = prepare_sources(
             sources,
             tokenizer=config.tokenizer,
             settings=config.data,
             seed=config.run.seed,
-            data_dir=Path(config.run.data_dir),
+            data_dir=config.run.data_dir,
             on_progress=progress.update,
+            token=os.environ.get("SLURM_ARRAY_JOB_ID"),  # elements of one array give up together
+            engine=engine,
         )
     tables = build_tables(config)
     console.print(f"data in {config.run.data_dir}:")
@@ -110,8 +149,18 @@ def list_only(config: RunConfig, *, console: Console) -> int:
     return ExitClass.DONE
 
 
+@contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """scancel and a time limit send SIGTERM: what is half written is put down as on Ctrl-C."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def verify(config: RunConfig, *, console: Console) -> int:
-    findings = {name: findings_of(Path(config.run.data_dir) / name) for name in sources_of(config)}
+    findings = {name: findings_of(config.run.data_dir, name) for name in sources_of(config)}
     for name, lines in findings.items():
         console.print(f"{name}: {'shards agree with the manifest' if not lines else f'{len(lines)} findings'}")
         for line in lines:
@@ -119,10 +168,10 @@ def verify(config: RunConfig, *, console: Console) -> int:
     return ExitClass.STATE if any(findings.values()) else ExitClass.DONE
 
 
-def findings_of(directory: Path) -> list[str]:
+def findings_of(data_dir: str, name: str) -> list[str]:
     """What is wrong with one source; that it is not there does not keep the others from being checked."""
     try:
-        return verify_source(directory)
+        return verify_source(open_folder(data_dir, name))
     except DataError as error:
         return [str(error)]
 
@@ -130,6 +179,9 @@ def findings_of(directory: Path) -> list[str]:
 def import_megatron(config: RunConfig, *, console: Console) -> int:
     """action=import: a manifest for every source whose folder holds shards and none yet. Stems that begin with `held_out` or
     `valid` are kept for validation."""
+    if is_remote(config):
+        rule = "shards are taken over where Megatron wrote them, on a file system of this machine"
+        raise ConfigError(Problem("run.data_dir", config.run.data_dir, rule, "a local folder"))
     tokenizer = tokenizer_entry(build_tokenizer(config.tokenizer), kind=config.tokenizer.kind)
     manifests = {}
     for name in sources_of(config):

@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Iterable
+from datetime import timedelta
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
+from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
-from rich.progress import SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from data_prep.build import Progress
 from launcher.plan.page import short
@@ -25,7 +26,7 @@ class DataProgress:
 
     def __enter__(self) -> Self:
         if self._live:
-            self._tasks = {name: self._live.add_task(name, total=1, figures="waiting") for name in self._printed_at}
+            self._tasks = {name: self._live.add_task(name, total=1.0, figures="waiting") for name in self._printed_at}
             self._live.start()
         return self
 
@@ -34,20 +35,30 @@ class DataProgress:
             self._live.stop()
 
     def update(self, progress: Progress) -> None:
+        line = " · ".join([figures(progress), *self._speed(progress)])
         if self._live:
-            task = self._tasks[progress.source]
-            self._live.update(task, figures=figures(progress), completed=1 if progress.done else 0)
+            self._live.update(self._tasks[progress.source], figures=line, completed=progress.fraction)
         elif progress.done or time.monotonic() - self._printed_at[progress.source] >= PLAIN_INTERVAL_S:
             self._printed_at[progress.source] = time.monotonic()
-            state = "done" if progress.done else progress.file
-            self._console.print(f"{progress.source}: {figures(progress)} · {state}", soft_wrap=True)
+            state = "done" if progress.done else f"{progress.fraction:.0%} · {progress.file}"
+            self._console.print(f"{progress.source}: {line} · {state}", soft_wrap=True)
+
+    def _speed(self, progress: Progress) -> list[str]:
+        """What this call reads a second, and how long it will take for the rest at that."""
+        took, read = time.monotonic() - self._started, progress.fraction - progress.resumed
+        if progress.done or took < 1 or read <= 0:
+            return []
+        left = (1 - progress.fraction) / read * took
+        return [f"{short(progress.text_bytes * read / progress.fraction / took)}B/s", f"{timedelta(seconds=round(left))} left"]
 
     def _open_live(self) -> RichProgress:
         name = TextColumn("{task.description}", style="bold", markup=False)
         numbers = TextColumn("{task.fields[figures]}", markup=False)
-        return RichProgress(SpinnerColumn(finished_text="✓"), name, numbers, TimeElapsedColumn(), console=self._console)
+        columns = (SpinnerColumn(finished_text="✓"), name, BarColumn(bar_width=20), numbers, TimeElapsedColumn())
+        return RichProgress(*columns, console=self._console)
 
 
 def figures(progress: Progress) -> str:
     words = [f"{progress.documents:,} documents", f"{short(progress.tokens)} tokens", f"{short(progress.text_bytes)}B of text"]
-    return " · ".join([*words, *([f"{progress.rejected_rows:,} rejected"] if progress.rejected_rows else [])])
+    lost = {"dropped": progress.dropped, "rejected": progress.rejected_rows}
+    return " · ".join([*words, *(f"{count:,} {what}" for what, count in lost.items() if count)])

@@ -62,6 +62,7 @@ def run_config(root: Path, *, ranks: int = 1, stages: list[dict[str, Any]] | Non
                      wandb=dict(mode="disabled", project="phidias", entity=None, group=None)),
         data=dict(
             held_out_fraction=0.1, shard_tokens=4000, chunk_tokens=256, group_tokens=2048, num_workers=1, max_rejected_rows=0,
+            num_machines=1, max_row_mib=32, shuffle_mib=32, oracle_fraction=0.0, dropped_samples=0,
             length_buckets=[], reader="mmap", cache_dir=None, cache_gib=1.0, prefetch_batches=2, trace=False,
         ),
         stages=stages,

@@ -1,0 +1,1 @@
+"""Sources to shards, in tasks that any number of processes and machines share."""

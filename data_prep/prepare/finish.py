@@ -1,0 +1,102 @@
+"""The last task of a source: every receipt is there, so the manifest is written, and what was needed on the way is removed."""
+
+from collections.abc import Iterable
+
+from data_prep.errors import DataError
+from data_prep.manifest import FORMAT_VERSION, Manifest, Statistics, dtype_for, encode_manifest, split_of
+from data_prep.prepare.job import Job
+from data_prep.prepare.place import CLAIMS
+from data_prep.prepare.receipt import Counts, Receipt, merged, read_receipt
+from data_prep.prepare.tasks import REJECTS
+from data_prep.tokenizers import tokenizer_entry
+
+MANIFEST, ALL_REJECTS = "manifest.json", "rejects.jsonl"
+
+
+def finish(job: Job) -> Manifest:
+    """Writes the manifest. DataError: a receipt is missing, a row is neither in nor out, too many rejects, no documents."""
+    by_stage = {stage.name: _receipts(job, tasks=[stage.task(n) for n in range(len(stage.parts))]) for stage in job.plan.stages}
+    everything = [receipt for receipts in by_stage.values() for receipt in receipts]
+    counts, final = merged(everything), by_stage["tokenize"]
+    first, last = merged(next(iter(by_stage.values()))), merged(final)
+    counts.rows, counts.blank_lines, counts.documents = first.rows, first.blank_lines, last.documents
+    _check_complete(job, counts=counts)
+    rejects = b"".join(
+        job.place.read(file) or b""
+        for file in sorted(f for receipt in everything for f in receipt.files if f.startswith(REJECTS))
+    )
+    if rejects:
+        job.place.write(ALL_REJECTS, rejects)
+    manifest = _manifest(job, counts=counts, receipts=final, code=sorted({receipt.code for receipt in everything}))
+    _refuse_unusable(job, manifest=manifest, counts=counts)
+    job.place.write(MANIFEST, encode_manifest(manifest))
+    for folder in (CLAIMS, REJECTS, *(stage.name for stage in job.plan.stages)):
+        job.place.remove(folder)
+    return manifest
+
+
+def _receipts(job: Job, *, tasks: list[str]) -> list[Receipt]:
+    found = [read_receipt(job.place, task=task) for task in tasks]
+    missing = [task for task, receipt in zip(tasks, found, strict=True) if receipt is None]
+    if missing:
+        raise DataError(
+            f"{job.place.path('receipts')} has no readable receipt of {', '.join(missing[:3])}; a source is whole when every "
+            "task has one; run `phidias data` again"
+        )
+    return [receipt for receipt in found if receipt]
+
+
+def _check_complete(job: Job, *, counts: Counts) -> None:
+    """Over all stages: what a stage writes is what the next reads."""
+    out = counts.documents + counts.empty_documents + counts.rejected_rows + counts.num_dropped
+    if counts.rows != out:
+        raise DataError(
+            f"source '{job.name}': {counts.rows:,} rows went in, {out:,} came out ({counts.documents:,} documents, "
+            f"{counts.empty_documents:,} empty, {counts.rejected_rows:,} rejected, {counts.num_dropped:,} dropped); every row "
+            "must come out once; this is a fault of data_prep: report it, with the inputs"
+        )
+
+
+def _manifest(job: Job, *, counts: Counts, receipts: list[Receipt], code: list[str]) -> Manifest:
+    """Shards by bucket, the shortest first, and within it by task."""
+    tokenizer = job.tokenizer
+    shards = [shard for receipt in receipts for shard in receipt.shards]
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        source=job.name,
+        dtype=dtype_for(tokenizer.vocab_size),
+        tokenizer=tokenizer_entry(tokenizer, kind=job.tokenizer_spec.kind),
+        text_bytes=counts.text_bytes,
+        train=split_of(sorted(shards, key=lambda shard: shard.min_document_tokens)),
+        held_out=split_of([shard for receipt in receipts for shard in receipt.held_out]),
+        settings=job.plan.settings,
+        rejected_rows=counts.rejected_rows,
+        empty_documents=counts.empty_documents,
+        statistics=Statistics(
+            rows=counts.rows,
+            dropped=counts.dropped,
+            found=counts.found,
+            length_documents=_sums(receipt.length_documents for receipt in receipts),
+            length_tokens=_sums(receipt.length_tokens for receipt in receipts),
+            code=tuple(code),
+        ),
+    )
+
+
+def _sums(columns: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+    return tuple(map(sum, zip(*columns, strict=True)))
+
+
+def _refuse_unusable(job: Job, *, manifest: Manifest, counts: Counts) -> None:
+    if counts.rejected_rows > job.settings.max_rejected_rows:
+        raise DataError(
+            f"source '{job.name}': {counts.rejected_rows:,} malformed rows, listed in {job.place.path(ALL_REJECTS)}; "
+            f"data.max_rejected_rows tolerates {job.settings.max_rejected_rows:,} a source; raise it and run again (what is "
+            "done stays done), or repair the input"
+        )
+    if not manifest.train.documents:
+        raise DataError(
+            f"source '{job.name}' has no document to train on: {counts.rows:,} rows, {counts.empty_documents:,} empty, "
+            f"{counts.rejected_rows:,} rejected, {counts.num_dropped:,} dropped, {manifest.held_out.documents:,} held out; "
+            "correct its inputs or steps, or lower data.held_out_fraction"
+        )

@@ -1,0 +1,140 @@
+"""The worker processes of one call, and what they tell their parent.
+
+Each has a pipe of its own: one that is killed in the middle of a message takes no lock with it.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from data_prep.errors import DataError
+from data_prep.manifest import read_manifest
+from data_prep.prepare.job import Job, Tick
+from data_prep.prepare.open import MANIFEST, Order, reopen_job
+from data_prep.prepare.progress import Board
+from data_prep.prepare.workers import work
+from data_prep.storage import open_folder
+
+POLL_S = 0.1
+STOP_S = 10.0  # what workers get to put their tasks down
+
+Errors = dict[str, DataError]
+
+
+def run_workers(order: Order, *, jobs: Mapping[str, Job], board: Board) -> Errors:
+    """Works on all jobs until each is whole or has failed; what failed, by source."""
+    if not jobs:
+        return {}
+    tasks = sum(len(stage.parts) for job in jobs.values() for stage in job.plan.stages)
+    workers = min(order.settings.num_workers, tasks)
+
+    def over(name: str) -> None:
+        with contextlib.suppress(DataError):  # it failed: the caller says so
+            board.finish(read_manifest(open_folder(order.data_dir, name)))
+
+    if workers == 1:
+        for job in jobs.values():
+            job.on_tick = board.tick
+        return work(list(jobs.values()), token=order.token, on_over=over)
+    return _Pool(order, jobs=jobs, board=board, over=over).run(workers)
+
+
+class _Pool:
+    def __init__(self, order: Order, *, jobs: Mapping[str, Job], board: Board, over: Callable[[str], None]):
+        self._order, self._jobs, self._board, self._over = order, jobs, board, over
+        self._context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks of the tokenizers
+        self._errors: Errors = {}
+        self._finished = set[str]()
+
+    def run(self, workers: int) -> Errors:
+        processes = dict(self._start(number, of=workers) for number in range(workers))
+        try:
+            pipes = set(processes)
+            while pipes:
+                for pipe in wait(list(pipes), timeout=POLL_S):
+                    if isinstance(pipe, Connection) and not self._listen(pipe):
+                        pipes.discard(pipe)
+        except BaseException:
+            _stop(list(processes.values()))
+            raise
+        for process in processes.values():
+            process.join()
+        return self._errors | self._unfinished([process.exitcode for process in processes.values()])
+
+    def _start(self, number: int, *, of: int) -> tuple[Connection, BaseProcess]:
+        mine, theirs = self._context.Pipe(duplex=False)
+        process = self._context.Process(
+            target=_work, args=(theirs, self._order, list(self._jobs), number * 64 // of), name=f"worker {number}"
+        )
+        process.start()
+        theirs.close()  # so that the end of the process is the end of the pipe
+        return mine, process
+
+    def _listen(self, pipe: Connection) -> bool:
+        """Takes one message; False where there will be no more."""
+        try:
+            message = pipe.recv()
+        except (EOFError, ConnectionError):
+            return False
+        if isinstance(message, Tick):
+            self._board.tick(message)
+        elif isinstance(message, str):
+            if message not in self._finished:
+                self._finished.add(message)
+                self._over(message)
+        else:
+            self._errors.update({name: error for name, error in message.items() if name not in self._errors})
+        return True
+
+    def _unfinished(self, exits: list[int | None]) -> Errors:
+        """Sources that are not whole though nobody said why: a worker died, and the others ended before they took its task."""
+        died = [code for code in exits if code]
+        if not died:
+            return {}
+        how = f"signal {signal.Signals(-died[0]).name}" if died[0] and died[0] < 0 else f"exit code {died[0]}, see above"
+        return {
+            name: DataError(
+                f"source '{name}' is unfinished: a worker process was killed ({how}), often for memory; "
+                "nothing finished is lost; lower data.num_workers and start again"
+            )
+            for name, job in self._jobs.items()
+            if name not in self._errors and job.place.read(MANIFEST) is None
+        }
+
+
+def _stop(processes: Iterable[Any]) -> None:
+    """Ctrl-C reached the workers too, if it was pressed; a caller's own error did not."""
+    for process in processes:
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGINT)
+    for process in processes:
+        process.join(STOP_S)
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def _work(pipe: Connection, order: Order, names: list[str], first: int) -> None:
+    """What a worker process does."""
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
+        jobs = [reopen_job(order, name) for name in names]
+        for job in jobs:
+            job.on_tick = pipe.send
+        errors = work(jobs, token=order.token, first=first, on_over=pipe.send)
+        pipe.send(errors)
+        return
+    os._exit(130)
+
+
+def _end_with_parent() -> None:
+    parent: Any = multiprocessing.parent_process()
+    parent.join()
+    os._exit(130)

@@ -1,0 +1,84 @@
+"""Workers that share the tasks of many sources: processes here, elements of a Slurm array, machines that were started by hand.
+
+Nobody deals the tasks out. Every worker takes the next task that has no receipt and no live claim, so that workers may come, go
+and be killed at any time, and what they leave goes on where it stopped.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+from data_prep.errors import DataError
+from data_prep.prepare.finish import finish
+from data_prep.prepare.job import Job
+from data_prep.prepare.plan import Stage
+from data_prep.prepare.receipt import Receipt, finished_tasks
+from data_prep.prepare.tasks import curate, tokenize
+
+POLL_S = 0.2
+MOST_POLL_S = 5.0
+FAILED = "failed"
+
+
+def work(
+    jobs: Sequence[Job], *, token: str, first: int = 0, on_over: Callable[[str], None] | None = None
+) -> dict[str, DataError]:
+    """Works until every source is whole or has failed; what failed, by source. `token` names the call: what failed in it is not
+    tried again by its other workers. `first` (of 64) sets workers apart, so that few ask for the same task. `on_over` is told
+    of each source that needs no more work."""
+    open_jobs, errors, pause = {job.name: job for job in jobs}, dict[str, DataError](), POLL_S
+    while open_jobs:
+        done_something = False
+        for name, job in list(open_jobs.items()):
+            try:
+                state = _advance(job, token=token, first=first)
+            except DataError as error:
+                job.place.write(f"{FAILED}/{token}", str(error).encode())
+                errors[name], state = error, "over"
+            if state == "over":
+                del open_jobs[name]
+                if on_over:
+                    on_over(name)
+            done_something |= state != "waiting"
+        pause = POLL_S if done_something else min(MOST_POLL_S, pause * 1.5)
+        if open_jobs and not done_something:
+            time.sleep(pause)  # others work on all that is left
+    return errors
+
+
+def _advance(job: Job, *, token: str, first: int) -> str:
+    """Does one task of a source: "worked"; "over": it is whole, or failed elsewhere; "waiting": others do what is left."""
+    if job.place.read("manifest.json") is not None or job.place.read(f"{FAILED}/{token}") is not None:
+        return "over"
+    done = finished_tasks(job.place)
+    for stage in job.plan.stages:
+        missing = [number for number in range(len(stage.parts)) if stage.task(number) not in done]
+        if missing:
+            return _do_one(job, stage, missing=missing, first=first)
+    return _claimed(job, "finish", lambda: finish(job))
+
+
+def _do_one(job: Job, stage: Stage, *, missing: list[int], first: int) -> str:
+    turn = first * len(missing) // 64 % len(missing)
+    for number in (*missing[turn:], *missing[:turn]):
+        if _claimed(job, stage.task(number), lambda number=number: run_task(job, stage, number)) == "worked":  # type: ignore[misc]
+            return "worked"
+    return "waiting"
+
+
+def _claimed(job: Job, task: str, do: Callable[[], object]) -> str:
+    claim = job.place.claim(task)
+    if claim is None:
+        return "waiting"
+    with claim:
+        if task == "finish" or task not in finished_tasks(job.place):  # another may have finished it just before
+            do()
+    return "worked"
+
+
+def run_task(job: Job, stage: Stage, number: int) -> Receipt:
+    """One task, whatever its kind."""
+    if stage.kind in ("pairs", "clusters"):
+        from data_prep.prepare import dedup
+
+        return getattr(dedup, f"find_{stage.kind}")(job, stage, number=number)  # type: ignore[no-any-return]
+    return {"curate": curate, "tokenize": tokenize}[stage.kind](job, stage, number=number)
