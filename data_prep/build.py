@@ -38,11 +38,12 @@ def prepare_source(
     data_dir: str | Path,
     on_progress: OnProgress | None = None,
     token: str | None = None,
+    engine: str = "local",
 ) -> Manifest:
     """Shards and manifest of one source in `data_dir/name`; the manifest that is there, where nothing changed since, or where
     it was imported and there is no text to make it from. See prepare_sources."""
     shared: dict[str, Any] = {"tokenizer": tokenizer, "settings": settings, "seed": seed, "data_dir": data_dir}
-    return prepare_sources({name: source}, **shared, on_progress=on_progress, token=token)[name]
+    return prepare_sources({name: source}, **shared, on_progress=on_progress, token=token, engine=engine)[name]
 
 
 def prepare_sources(

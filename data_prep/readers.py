@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from data_prep.errors import DataError
 from data_prep.indexed import naming_full_disk
@@ -24,7 +22,6 @@ __all__ = ["InputFile", "Piece", "Place", "Rejects", "RowCount", "Rows", "Where"
 
 BOM = b"\xef\xbb\xbf"
 READ_BYTES = 1 << 20
-PARQUET_ROWS = 64
 MAX_ROW_BYTES = 1 << 25
 
 
@@ -102,6 +99,7 @@ class Rejects:
             )
         self.count += 1
         line = json.dumps({"file": where.file, where.unit: where.number, "reason": reason}, ensure_ascii=False)
+        self.path.parent.mkdir(exist_ok=True)
         with naming_full_disk(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
@@ -131,14 +129,21 @@ def read_piece(
     DataError: a truncated or damaged file, a missing parquet column, more rejects than tolerated."""
     if not piece.file.size and source.format != "text":
         raise DataError(f"{piece.file.path} is empty: 0 bytes; an input holds at least one row; fetch it again or remove it")
-    readers = {"jsonl": _read_jsonl, "parquet": _read_parquet, "text": _read_text}
-    yield from readers[source.format or ""](
-        _Job(piece, source.text_field, counts=counts, rejects=rejects, max_bytes=max_row_bytes, fields=fields)
+    yield from _reader_of(source.format)(
+        Job(piece, source.text_field, counts=counts, rejects=rejects, max_bytes=max_row_bytes, fields=fields)
     )
 
 
+def _reader_of(format: str | None) -> Callable[["Job"], Iterator[Rows]]:
+    if format == "parquet":
+        from data_prep.parquet import read_parquet  # pyarrow takes 50 MB and a tenth of a second
+
+        return read_parquet
+    return {"jsonl": _read_jsonl, "text": _read_text}[format or ""]
+
+
 @dataclass
-class _Job:
+class Job:
     """One piece, and what is asked of it."""
 
     piece: Piece
@@ -181,10 +186,10 @@ class _TooLong(NamedTuple):
     size: int
 
 
-def _read_jsonl(job: _Job) -> Iterator[Rows]:
+def _read_jsonl(job: Job) -> Iterator[Rows]:
     number, key = 0, orjson.dumps(job.field)
     parse = functools.partial(_json_row, field=job.field, key=key, max_bytes=job.max_bytes)
-    with _naming_damage(lambda: Place(job.piece, "line", number).where), open_input(job.path) as stream:
+    with naming_damage(lambda: Place(job.piece, "line", number).where), open_input(job.path) as stream:
         for lines in _lines(stream, piece=job.piece, max_bytes=job.max_bytes):
             told = [None if isinstance(line, bytes) and not line.strip() else line for line in lines]
             blank = told.count(None)
@@ -259,7 +264,7 @@ def _lines_before(piece: Piece) -> int:
 
 def _json_row(line: bytes | _TooLong, *, field: str, key: bytes, max_bytes: int) -> tuple[str, dict[str, Any]]:
     if isinstance(line, _TooLong) or len(line) > max_bytes:
-        raise _too_long(line.size if isinstance(line, _TooLong) else len(line), max_bytes=max_bytes)
+        raise too_long(line.size if isinstance(line, _TooLong) else len(line), max_bytes=max_bytes)
     try:
         row = orjson.loads(line)
     except orjson.JSONDecodeError as error:
@@ -290,50 +295,11 @@ def _refuse_twice(line: bytes, *, field: str) -> None:
         raise Malformed(f"has the field '{field}' {found.count(field)} times; the rule is once")
 
 
-# parquet
-
-
-def _read_parquet(job: _Job) -> Iterator[Rows]:
-    number = 0
-    with _naming_damage(lambda: Where(job.path, "row", number)), open_input(job.path) as stream:
-        parquet = pq.ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20)
-        _check_column(job.path, schema=parquet.schema_arrow, field=job.field)
-        columns = [job.field, *(name for name in job.fields or () if name != job.field and name in parquet.schema_arrow.names)]
-        job.counts.rows += parquet.metadata.num_rows
-        for batch in parquet.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
-            raws = list(zip(*(batch.column(name) for name in columns), strict=True))
-            yield job.collect(raws, first=number + 1, unit="row", parse=functools.partial(_parquet_row, job, columns))
-            number += len(raws)
-        if number != parquet.metadata.num_rows:
-            raise EOFError(f"its footer promises {parquet.metadata.num_rows:,} rows")
-
-
-def _parquet_row(job: _Job, columns: Sequence[str], values: Sequence[Any]) -> tuple[str, dict[str, Any]]:
-    try:
-        text, *others = (value.as_py() for value in values)
-    except UnicodeDecodeError as error:
-        raise Malformed(f"is not valid UTF-8: {error.reason} at byte {error.start}") from error
-    if text is None:
-        raise Malformed(f"has null in '{job.field}'; the rule is a string")
-    if len(text) > job.max_bytes:
-        raise _too_long(len(text), max_bytes=job.max_bytes)
-    return str(text), dict(zip(columns[1:], others, strict=True))
-
-
-def _check_column(path: str, *, schema: pa.Schema, field: str) -> None:
-    if field not in schema.names:
-        raise DataError(f"{path} has no column '{field}'; it has {', '.join(schema.names)}; set the source's text_field")
-    kind = schema.field(field).type
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        raise DataError(f"{path}: column '{field}' holds {kind}; documents are strings; set the source's text_field")
-
-
 # Plain text
 
 
-def _read_text(job: _Job) -> Iterator[Rows]:
-    with _naming_damage(lambda: Where(job.path, "file", 1)), open_input(job.path) as stream:
+def _read_text(job: Job) -> Iterator[Rows]:
+    with naming_damage(lambda: Where(job.path, "file", 1)), open_input(job.path) as stream:
         content = stream.read(job.max_bytes + 1)
     job.counts.rows += 1
     yield job.collect([content], first=1, unit="file", parse=functools.partial(_text_row, max_bytes=job.max_bytes))
@@ -342,14 +308,14 @@ def _read_text(job: _Job) -> Iterator[Rows]:
 def _text_row(content: bytes, *, max_bytes: int) -> tuple[str, dict[str, Any]]:
     """A byte order mark at the start of a text file says how it is encoded and is no part of the text."""
     if len(content) > max_bytes:
-        raise _too_long(len(content), max_bytes=max_bytes)
+        raise too_long(len(content), max_bytes=max_bytes)
     try:
         return content.decode("utf-8-sig"), {}
     except UnicodeDecodeError as error:
         raise Malformed(f"is not valid UTF-8: {error.reason} at byte {error.start}") from error
 
 
-def _too_long(size: int, *, max_bytes: int) -> Malformed:
+def too_long(size: int, *, max_bytes: int) -> Malformed:
     return Malformed(
         f"holds {size:,} bytes or more; the rule is at most {max_bytes:,} (data.max_row_mib), so that memory stays bounded; "
         "split the document, or raise it"
@@ -357,10 +323,11 @@ def _too_long(size: int, *, max_bytes: int) -> Malformed:
 
 
 @contextlib.contextmanager
-def _naming_damage(where: Callable[[], Where]) -> Iterator[None]:
+def naming_damage(where: Callable[[], Where], *, also: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Names the last row before a file turns out to be damaged; `also`: what else a reader raises then."""
     try:
         yield
-    except DAMAGE as error:
+    except (*DAMAGE, *also) as error:
         raise DataError(
             f"{where()} is the last that could be read: the file is truncated or damaged ({error}); "
             "what follows would be lost, so nothing of it is used; fetch the file again"

@@ -41,7 +41,7 @@ CL100K_PATTERN = (
 )
 
 
-CACHE_BYTES = 200 << 20  # what a process may grow by before gigatoken's cache is dropped; building it anew takes 0.1 s
+CACHE_BYTES = 240 << 20  # what a process may grow by before gigatoken's cache is dropped; building it anew takes 0.1 s
 
 
 class Encoded(NamedTuple):
@@ -146,9 +146,10 @@ class ExactBpe:
         if not self._gigatoken:
             return self._joined([self.reference(text) for text in texts])
         data = [utf8_if_alike(text) for text in texts]
+        encoded = self._gigatoken.encode([text for text in data if text is not None])
         if None not in data:
-            return self._gigatoken.encode(data)
-        ids = iter(self._gigatoken.encode([text for text in data if text is not None]).documents())
+            return encoded
+        ids = iter(encoded.documents())
         return self._joined(
             [self.reference(text) if alike is None else next(ids) for text, alike in zip(texts, data, strict=True)]
         )
@@ -178,7 +179,7 @@ class _Gigatoken:
         self._ranks, self._dtype, self._cache_bytes = ranks, dtype, cache_bytes
         self._build()
 
-    def encode(self, texts: Sequence[bytes | None]) -> Encoded:
+    def encode(self, texts: list[bytes]) -> Encoded:
         """The ids of texts in UTF-8."""
         if _resident_bytes() - self._at_start > self._cache_bytes:
             self._build()
@@ -187,7 +188,7 @@ class _Gigatoken:
         if len(lengths) != len(texts):
             raise DataError(
                 f"gigatoken made {len(lengths):,} documents of {len(texts):,} texts; each text is one; "
-                "uninstall gigatoken, which is slower and exact, and report this"
+                "uninstall gigatoken (tiktoken alone is slower, and exact), and report this"
             )
         return Encoded(rows.content.data.astype(self._dtype, copy=False), lengths)
 
@@ -294,10 +295,12 @@ class Oracle:
         """DataError: a sampled text has other ids than the reference gives it, or there is not one length a text.
 
         `places` [texts] say in the error where a text is from; the order in the batch does where they are left out."""
-        if len(encoded.lengths) != len(texts) or encoded.lengths.sum() != len(encoded.ids):
+        counted = int(encoded.lengths.sum())
+        if len(encoded.lengths) != len(texts) or counted != len(encoded.ids):
             raise DataError(
-                f"{len(texts):,} texts came out as {len(encoded.lengths):,} lengths and {len(encoded.ids):,} ids, of which the "
-                f"lengths count {encoded.lengths.sum():,}; every text and id is counted once; report this: it is a fault"
+                f"{len(texts):,} texts came out as {len(encoded.lengths):,} lengths that count {counted:,} ids, with "
+                f"{len(encoded.ids):,} ids; every text has one length and every id is counted; this is a fault of data_prep: "
+                "report it, with the inputs"
             )
         for index, (text, found) in enumerate(zip(texts, encoded.documents(), strict=True)):
             if self.samples(text):
@@ -313,8 +316,8 @@ class Oracle:
         raise DataError(
             f"{place}: token {first:,} of document {self._hash(text):016x} is {_token(found, first)}, and "
             f"{_token(wanted, first)} in the reference, near character {start:,}: {text[max(0, start - 20) : start + 20]!r}; "
-            "ids are the reference's, or the model reads another language; uninstall gigatoken if the tokenizer is cl100k "
-            "(slower, exact), and report the text"
+            "ids are the reference's, or the model reads another language; if the tokenizer is cl100k, uninstall "
+            "gigatoken (tiktoken alone is slower, and exact), and report the text"
         )
 
     def _hash(self, text: str) -> int:

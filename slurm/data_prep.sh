@@ -5,16 +5,38 @@
 #
 # Elements may start late, end early or be killed: what has no receipt is taken by another, or by the next submission of the same
 # line. `phidias data engine=slurm ...` submits it with the size that the config says.
+#
+# Exit codes are phidias's: 0 whole, 2 refused or a source failed, 13 a full disk, 130 stopped. Options of sbatch before the script
+# win over those here (--partition, --time, --mem, --output).
 #SBATCH --job-name=phidias-data
 #SBATCH --ntasks=1
 #SBATCH --cpus-per-task=8
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -euo pipefail
-# The script itself is a copy in Slurm's spool by now.
+# The script itself is a copy in Slurm's spool by now. Paths on the command line are relative to where it was submitted.
 cd "${SLURM_SUBMIT_DIR:?submit this with sbatch, from the root of the repository}"
-phidias=phidias
-if [[ -x .venv/bin/phidias ]]; then phidias=.venv/bin/phidias; fi
-command -v "$phidias" >/dev/null || { echo "no phidias here: run 'make setup' in $PWD, or load the environment that has it" >&2; exit 2; }
-# A word of the command line comes last and wins.
-exec "$phidias" data "data.num_workers=${SLURM_CPUS_PER_TASK:-1}" "$@"
+if [[ -n ${PHIDIAS_PYTHON:-} ]]; then
+  phidias=("$PHIDIAS_PYTHON" -P -m launcher) # of the one who submitted; -P: the folder it works in is not code
+elif [[ -x .venv/bin/phidias ]]; then
+  phidias=(.venv/bin/phidias)
+else
+  phidias=(phidias)
+fi
+if ! command -v "${phidias[0]}" >/dev/null; then
+  echo "no ${phidias[0]} on $(hostname): run 'make setup' in $PWD, or submit from an environment that this node sees too" >&2
+  exit 2
+fi
+# As many workers as cores, before the first override: one of the command line comes later and wins, and Hydra wants overrides
+# side by side, with no flag between them.
+workers="data.num_workers=${SLURM_CPUS_PER_TASK:-1}"
+words=()
+for word in "$@"; do
+  if [[ -n $workers && $word == *=* && $word != -* ]]; then
+    words+=("$workers")
+    workers=""
+  fi
+  words+=("$word")
+done
+# exec: signals reach phidias, and its exit code is the element's.
+exec "${phidias[@]}" data ${words[@]+"${words[@]}"} ${workers:+"$workers"}

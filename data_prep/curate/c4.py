@@ -4,6 +4,7 @@ That a line says `lorem ipsum` or has a brace counts only where the rules before
 
 from collections.abc import Sequence
 
+from data_prep.curate.chunks import harmless
 from data_prep.curate.document import Document
 from data_prep.curate.spec import C4Spec
 
@@ -63,5 +64,5 @@ class C4:
         return found >= self._spec.min_num_sentences
 
     def _sentences(self, text: str) -> list[str]:
-        sentences: list[str] = self._split_into_sentences(text, self._spec.language)
+        sentences: list[str] = self._split_into_sentences(harmless(text), self._spec.language)
         return sentences

@@ -2,7 +2,7 @@
 
 spaCy's rule tokenizer works chunk by chunk, except that afterwards its special cases (`:)`, `Mr.`) are looked for across
 chunks: `: )` splits `x:) )` in another way than `x:)` alone. Such places are found, and split as a whole. Languages of other
-tokenizers are left to datatrove, and texts with `IS_ALPHA`, on which spaCy fails and datatrove has an answer of its own.
+tokenizers are left to datatrove.
 """
 
 import re
@@ -21,6 +21,14 @@ DIGIT = re.compile("[0-9]")
 LINES = re.compile(r"\S+(?: \S+)*")
 
 
+def harmless(text: str) -> str:
+    """The text without `IS_ALPHA`. In a text that has it, spaCy 3.8 reads memory it has freed (its number for the word is
+    its mark of a deleted key): words get lost, or an error comes, as it happens. datatrove leaves it out after an error."""
+    while BREAKS_SPACY in text:
+        text = text.replace(BREAKS_SPACY, "")
+    return text
+
+
 class ChunkTokenizer:
     """datatrove's word tokenizer of one language. `local`: chunks may be split one by one."""
 
@@ -29,22 +37,17 @@ class ChunkTokenizer:
         from spacy.tokenizer import Tokenizer
 
         try:
-            self._original = load_word_tokenizer(language)
+            original = load_word_tokenizer(language)
         except ValueError as error:
             raise DataError(
                 f"datatrove has no word tokenizer for the language '{language}'; the rule is a code of three letters, such as "
                 "eng; choose another"
             ) from error
-        self.local = isinstance(self._original, SpaCyTokenizer) and type(self._original.tokenizer.tokenizer) is Tokenizer
+        self.local = isinstance(original, SpaCyTokenizer) and type(original.tokenizer.tokenizer) is Tokenizer
         if self.local:
-            self._nlp = self._original.tokenizer
+            self._nlp = original.tokenizer
             self._read_rules(self._nlp.tokenizer)
-            self._is_english = self._original.language == "en" and self._spacy.token_match is None
-
-    def words_of(self, text: str) -> list[str]:
-        """The words of a text, by the original."""
-        words: list[str] = self._original.word_tokenize(text)
-        return words
+            self._is_english = original.language == "en" and self._spacy.token_match is None
 
     def split(self, chunks: Sequence[str]) -> list[tuple[list[str], bool]]:
         """The words of each chunk, as if it were the whole text; whether spaCy may have put a special case together in it."""
@@ -105,12 +108,15 @@ class ChunkTokenizer:
             split = {case: [word.text for word in plain(case)] for case in self._special}
         self._merged = {case: self._rules[case] for case in self._special if split[case] != self._rules[case]}
         self._unmerged = {case: split[case] for case in self._merged}
+        self._first_words = {words[0] for words in (*self._merged.values(), *self._unmerged.values())}
         mixed = any((case.strip() != case and not case.isspace()) or len(case.split()) > 1 for case in self._rules)
         self.local = not mixed and tokenizer.faster_heuristics
 
     def _holds(self, words: Sequence[str], *, tokens: dict[str, list[str]]) -> bool:
         """Whether a run of the words is one of the special cases that change what was split, cut as `tokens` says."""
         for start in range(len(words)):
+            if words[start] not in self._first_words:
+                continue
             text = ""
             for stop in range(start, len(words)):
                 text += words[stop]

@@ -16,15 +16,9 @@ from data_prep.curate.ngrams import Hashes, Numbers
 from data_prep.errors import DataError
 
 CHUNK_PAIRS = 1 << 20
-PAIRING_BYTES = 40  # of memory, measured, for a document in the part of `duplicate_pairs`, and for each column past the first
-COLUMN_BYTES = 16
+PAIRING_BYTES, COLUMN_BYTES = 40, 16  # a document of the part, and each column past the first (measured: 37 and 15)
 Pairs = NDArray[np.int64]
 Integers = NDArray[np.integer[Any]]
-
-
-def count_documents(key_files: Sequence[Path]) -> int:
-    """How many documents the key files number."""
-    return sum(len(_load(path, dtype=np.uint64)) for path in key_files)
 
 
 def parts_for(num_documents: int, *, memory_bytes: int, columns_per_band: int = 1) -> int:

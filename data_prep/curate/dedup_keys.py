@@ -6,7 +6,6 @@ found by MinHash (Broder, 1997) in bands: two documents whose sets of n-grams ov
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -112,11 +111,6 @@ class MinHashKeys:
 
 def build_key_maker(spec: ExactDedupSpec | MinHashDedupSpec) -> KeyMaker:
     return ExactKeys(spec) if isinstance(spec, ExactDedupSpec) else MinHashKeys(spec)
-
-
-def save_keys(path: Path, keys: Hashes) -> None:
-    """Writes a task's keys as .npy, band after band (Fortran order): a band is then read without the others."""
-    np.save(path, np.asfortranarray(keys))
 
 
 def _content(words: Words, number: int, *, text: str) -> bytes:

@@ -10,7 +10,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.curate.chunks import BREAKS_SPACY, ChunkTokenizer
+from data_prep.curate.chunks import ChunkTokenizer, harmless
 
 TABLE_BYTES = 1 << 28
 ENTRY_BYTES = 300  # of a chunk in the table, about, without its characters
@@ -70,11 +70,10 @@ class Splitter:
 
     def fewest_words(self, text: str) -> int:
         """A number of words that the text has at least, without splitting it: every chunk is one or more."""
-        return len(text.split()) if self.local and BREAKS_SPACY not in text else 0
+        return len(harmless(text).split())
 
     def _split(self, text: str) -> Words:
-        if BREAKS_SPACY in text:
-            return self._of_original(text)
+        text = harmless(text)
         chunks = text.split()
         rows = self._look_up(chunks)
         merged = np.flatnonzero(rows[:, MERGED]).tolist()
@@ -83,18 +82,9 @@ class Splitter:
             rows = self._look_up(chunks)
         lengths = self._lengths[_ranges(rows[:, START], counts=rows[:, COUNT])]
         joined = "".join(chunks)
-        counts = rows[:, NON_SYMBOL : WITH_LETTER + 1].sum(axis=0).tolist()
-        return self._of(joined.replace(" ", "") if merged else joined, lengths=lengths, counts=counts)
-
-    def _of_original(self, text: str) -> Words:
-        words = self._tokenizer.words_of(text)
-        lengths = np.fromiter(map(len, words), dtype=np.int64, count=len(words))
-        return self._of("".join(words), lengths=lengths, counts=self._count(words))
-
-    def _of(self, joined: str, *, lengths: Ints, counts: Sequence[int]) -> Words:
-        non_symbol, characters, with_letter = counts
+        non_symbol, characters, with_letter = rows[:, NON_SYMBOL : WITH_LETTER + 1].sum(axis=0).tolist()
         return Words(
-            joined=joined,
+            joined=joined.replace(" ", "") if merged else joined,
             ends=np.cumsum(lengths),
             non_symbol=non_symbol,
             non_symbol_characters=characters,
@@ -106,7 +96,7 @@ class Splitter:
         indices = list(map(self._index.get, chunks))
         if None in indices:
             if self._bytes > self._table_bytes:
-                self._clear()
+                self.clear()
             self._learn([chunk for chunk in dict.fromkeys(chunks) if chunk not in self._index])
             indices = list(map(self._index.get, chunks))
         rows: Ints = self._table[np.array(indices, dtype=np.int64)]
@@ -126,12 +116,13 @@ class Splitter:
 
     def _count(self, words: Iterable[str]) -> tuple[int, int, int]:
         non_symbol = [word for word in words if not self._symbols.issuperset(word)]
-        with_letter = sum(word.isalpha() or any(map(str.isalpha, word)) for word in words)
-        return len(non_symbol), sum(map(len, non_symbol)), with_letter
+        with_letter = [word for word in words if word.isalpha() or any(map(str.isalpha, word))]
+        return len(non_symbol), sum(map(len, non_symbol)), len(with_letter)
 
-    def _clear(self) -> None:
-        """The arrays keep their size, and what is in them counts no more."""
+    def clear(self) -> None:
+        """Forgets all chunks, and the last text. The arrays keep their size."""
         self._index.clear()
+        self._text = self._words = None
         self._known_words = self._bytes = 0
 
 

@@ -47,8 +47,7 @@ class Documents:
         self._rejects = Rejects(room / REJECTS / f"{name}.jsonl", tolerance=job.settings.max_rejected_rows)
         self._samples = room / DROPPED / f"{name}.jsonl"
         for path in (self._rejects.path, self._samples):
-            path.parent.mkdir(exist_ok=True)
-            path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)  # of an attempt that did not end
         self._copies = self._copies_before() if stage.takes_from else {}
 
     @property
@@ -106,6 +105,7 @@ class Documents:
         counts.count(counts.dropped, key=step, value=reason)
         if counts.dropped[step][reason] <= self._job.settings.dropped_samples:
             sample = {"step": step, "reason": reason, "id": document.id, "text": document.text, "metadata": document.metadata}
+            self._samples.parent.mkdir(exist_ok=True)
             with naming_full_disk(self._samples), self._samples.open("ab") as file:
                 file.write(json.dumps(sample, ensure_ascii=False, default=str).encode("utf-8", "replace") + b"\n")
         return False

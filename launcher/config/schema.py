@@ -244,7 +244,7 @@ class RunConfig:
     """The whole frozen config, as `config.yaml` of the run directory holds it."""
 
     _: KW_ONLY
-    schema_version: Literal[2]
+    schema_version: Literal[3]
     run: RunSettings
     model: ModelConfig
     tokenizer: TokenizerSpec

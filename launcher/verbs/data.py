@@ -15,6 +15,7 @@ from rich.table import Table
 from data_prep.build import list_inputs, prepare_sources
 from data_prep.errors import DataError
 from data_prep.manifest import Manifest, import_shards, verify_source
+from data_prep.prepare.place import open_place
 from data_prep.spec import Source
 from data_prep.storage import open_folder
 from data_prep.tokenizers import build_tokenizer, tokenizer_entry
@@ -26,10 +27,12 @@ from launcher.jobs.slurm import data_array, run_sbatch
 from launcher.plan.page import short
 from launcher.plan.preflight import check_vocabulary
 from launcher.plan.prepared import wanted_tables
+from launcher.report.data_page import render_data_page
 from launcher.rundir.exits import ExitClass
 from launcher.verbs.data_progress import DataProgress
 from launcher.verbs.request import Request
 
+PAGE = "data.html"
 OPTIONS = {"dry": ("true", "false"), "action": ("verify", "import"), "engine": ("local", "slurm", "datatrove", "ray")}
 
 
@@ -100,7 +103,8 @@ def prepare(config: RunConfig, *, console: Console, engine: str) -> int:
             engine=engine,
         )
     tables = build_tables(config)
-    console.print(f"data in {config.run.data_dir}:")
+    open_place(config.run.data_dir, "").write(PAGE, render_data_page(manifests, place=config.run.data_dir).encode())
+    console.print(f"data in {config.run.data_dir}, with a page of figures, {PAGE}:")
     console.print(manifest_table(manifests))
     if tables:
         console.print(window_table(tables))

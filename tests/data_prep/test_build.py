@@ -75,7 +75,7 @@ class Lab:
     def source(self, pattern="*.jsonl"):
         return Source(inputs=(str(self.folder / pattern),), format="jsonl", share=1.0)
 
-    def prepare(self, name="web", *, pattern="*.jsonl", seed=1, on_progress=None, **changes):
+    def prepare(self, name="web", *, pattern="*.jsonl", seed=1, on_progress=None, engine="local", **changes):
         return prepare_source(
             name,
             self.source(pattern),
@@ -85,6 +85,7 @@ class Lab:
             data_dir=self.data_dir,
             on_progress=on_progress,
             token="call",
+            engine=engine,
         )
 
     def read_back(self, name="web"):

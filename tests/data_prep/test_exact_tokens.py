@@ -34,8 +34,8 @@ RANKS = [
     if path and Path(path).is_file()
 ]
 DIFFERING = [point for first, last in RANGES for point in range(first, last + 1)]
-# All of the four planes that Unicode fills, and of the others, which are all alike, one in 61.
-POINTS = [point for point in (*range(0x40000), *range(0x40000, 0x110000, 61)) if point not in SURROGATES]
+# All code points up to the last one in use but for tags, and of those above, which are all alike, one in 61.
+POINTS = [point for point in (*range(0x33500), *range(0x33500, 0x110000, 61)) if point not in SURROGATES]
 CONTRACTIONS = ("'", "s", "S", "ſ", "d", "M", "t", "l", "L", "v", "e", "V", "E", "r", "R", "K", "’", " ", "1", "ı", "İ")
 SPACES = (
     " ",
@@ -108,8 +108,7 @@ def test_code_points_of_the_ranges_differ(bpe):
     if bpe is boundaries():
         text = {point: f"a{chr(point)}a {chr(point)}1234" for point in DIFFERING}
         assert all(not np.array_equal(bpe.gigatoken_alone(text[point]), bpe.reference(text[point])) for point in DIFFERING)
-    for probe in PROBES:
-        assert_exact(bpe, [probe.replace("X", chr(point)) for point in DIFFERING])
+    assert_exact(bpe, ["\n".join(PROBES).replace("X", chr(point)) for point in DIFFERING])
 
 
 def test_no_other_code_point_differs():

@@ -53,6 +53,28 @@ def test_any_number_of_workers_gives_the_same_bytes(lab):
         assert content(lab) == first
 
 
+def test_datatrove_s_executor_gives_the_same_bytes(lab):
+    lab.prepare(shuffle_mib=1)
+    ours = content(lab)
+    shutil.rmtree(lab.data_dir)
+    lab.prepare(shuffle_mib=1, num_workers=2, engine="datatrove")
+    assert content(lab) == ours
+    shutil.rmtree(lab.data_dir)
+    lab.write("99.jsonl", ["bad\n"])
+    with pytest.raises(DataError, match=r"99\.jsonl, line 1: the row is not valid JSON"):
+        lab.prepare(num_workers=2, engine="datatrove")
+
+
+def test_ray_gives_the_same_bytes(lab):
+    """Ray is half a gigabyte that no other test needs: run by hand, `pip install ray`, see LOG.md."""
+    pytest.importorskip("ray", reason="ray is not in the dev extra; `pip install ray` and run this test")
+    lab.prepare(shuffle_mib=1)
+    ours = content(lab)
+    shutil.rmtree(lab.data_dir)
+    lab.prepare(shuffle_mib=1, num_workers=2, engine="ray")
+    assert content(lab) == ours
+
+
 def test_shuffled_documents_are_the_same_documents(lab):
     plain, mixed = lab.prepare("plain"), lab.prepare("mixed", shuffle_mib=1)
     ordered, shuffled = lab.read_back("plain"), lab.read_back("mixed")

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from data_prep.errors import DataError
+from data_prep.manifest import dtype_for
 from data_prep.spec import TokenizerSpec
-from data_prep.tokenizers import CL100K_PATTERN, CL100K_SPECIALS, build_tokenizer, tokenizer_entry
+from data_prep.tokenizers import CL100K_PATTERN, CL100K_SPECIALS, Oracle, build_tokenizer, tokenizer_entry
 
 EOD = "<|endoftext|>"
 SPECIALS = [EOD, "<|im_start|>", "<|late|>", "<|fim_prefix|>", "<|endofprompt|>"]
@@ -115,6 +116,23 @@ def test_any_text_survives(bpe, text):
     assert bpe.decode(encode(bpe, text)) == text
 
 
+def assert_batches_are_documents(tokenizer, texts):
+    """One flat array of ids, in the dtype of the shards, and what the reference gives text by text."""
+    encoded = tokenizer.encode_batch(texts)
+    alone = [tokenizer.encode_reference(text) for text in texts]
+    assert encoded.ids.dtype == dtype_for(tokenizer.vocab_size) and encoded.lengths.dtype == np.int64
+    assert encoded.lengths.tolist() == [len(ids) for ids in alone]
+    assert encoded.ids.tolist() == [token for ids in alone for token in ids.tolist()]
+    for documents in (encoded.documents(), tokenizer.encode_documents(texts)):
+        assert [ids.tolist() for ids in documents] == [ids.tolist() for ids in alone]
+
+
+def test_a_batch_is_its_documents(bpe):
+    assert_batches_are_documents(bpe, ["", *HARD, "", "a"])
+    assert_batches_are_documents(bpe, [])
+    assert_batches_are_documents(bpe, ["", ""])
+
+
 def test_dtype_follows_the_vocabulary(bpe):
     assert encode(bpe, "text").dtype == np.uint16
     assert tokenizer_entry(bpe, kind="huggingface").vocab_size == bpe.vocab_size
@@ -171,6 +189,14 @@ def test_cl100k_keeps_specials_as_text(cl100k, text):
     ids = encode(cl100k, text)
     assert ids.dtype == np.int32 and set(CL100K_SPECIALS.values()).isdisjoint(ids.tolist())
     assert cl100k.decode(ids) == text
+
+
+@needs_ranks
+def test_a_batch_of_cl100k_is_its_documents(cl100k):
+    assert_batches_are_documents(cl100k, ["", *HARD, "\u088f", "", "a"])
+    assert_batches_are_documents(cl100k, [])
+    assert_batches_are_documents(cl100k, ["", ""])
+    Oracle(cl100k, fraction=1.0, seed=1).check(HARD, cl100k.encode_batch(HARD))
 
 
 @needs_ranks

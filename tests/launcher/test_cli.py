@@ -116,7 +116,7 @@ def test_exposure_out_json(phidias):
         (["plan", "dry=true"], 2, ["dry: found an option of data; plan takes out="]),
         (["train", "out=json"], 2, ["out: found an option of plan and exposure"]),
         (["plan", "outt=json"], 2, ["did you mean out=?"]),
-        (["data", "dry=true", "action=verify"], 2, ["dry: found dry=true with action=verify"]),
+        (["data", "dry=true", "action=verify"], 2, ["action: found action=verify with dry=true"]),
         (["status", "runs_dir=/nonexist"], 2, ["runs_dir: found '/nonexist'; there is no such folder"]),
         (["data", "action=verfy"], 2, ["it is one of verify"]),
         (["plan", "model.num_layers=0"], 2, ["greater than 0"]),

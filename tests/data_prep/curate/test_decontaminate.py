@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from data_prep.curate.decontaminate import Decontaminate, common_grams, read_common_grams, read_items
 from data_prep.curate.document import Document
+from data_prep.curate.ngrams import BLOCK_CHARACTERS
 from data_prep.curate.spec import BenchmarkSpec, DecontaminateSpec
 from data_prep.errors import DataError
 
@@ -138,6 +139,18 @@ def test_the_rule_is_that_of_sets(tmp_path_factory, items, texts, num_allowed):
     for text in texts:
         said, metadata = ask(step, text)
         assert (said or (metadata and "noted")) == rule_by_hand(text, items, allowed=allowed)
+
+
+def test_documents_are_judged_together_as_one_by_one(exam):
+    rng = random.Random(6)
+    texts = [make(row) for make, _ in PLANTED.values() for row in questions(20)] + ["", "one", some_words(rng, 13)]
+    texts = [inside(rng, text, words=rng.choice((0, 3, 9, 300))) for text in rng.sample(texts * 8, len(texts) * 8)]
+    assert sum(map(len, texts)) > 2 * BLOCK_CHARACTERS
+    documents = [Document(text=text, id="1", metadata={}) for text in texts]
+    reasons = exam.judge_all(documents)
+    found = [document.metadata.get("contamination") for document in documents]
+    assert list(zip(reasons, found, strict=True)) == [ask(exam, text) for text in texts]
+    assert len(set(reasons)) == 3 and exam.judge_all([]) == []
 
 
 def test_short_items_and_short_documents(tmp_path):

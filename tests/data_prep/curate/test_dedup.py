@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.curate.dedup_groups import count_documents, duplicate_pairs, kept_and_dropped, parts_for
-from data_prep.curate.dedup_keys import ExactKeys, MinHashKeys, build_key_maker, save_keys
+from data_prep.curate.dedup_groups import duplicate_pairs, kept_and_dropped, parts_for
+from data_prep.curate.dedup_keys import ExactKeys, MinHashKeys, build_key_maker
 from data_prep.curate.ngrams import BLOCK_CHARACTERS, hash_ngrams, hash_words
 from data_prep.curate.spec import ExactDedupSpec, MinHashDedupSpec
 from data_prep.errors import DataError
@@ -248,7 +248,7 @@ def test_texts_that_share_little_are_no_copies():
 def write_keys(folder, tables):
     paths = [folder / f"keys_{number}.npy" for number in range(len(tables))]
     for path, table in zip(paths, tables, strict=True):
-        save_keys(path, np.asarray(table, dtype=np.uint64).reshape(len(table), -1 if len(table) else tables[0].shape[1]))
+        np.save(path, np.asfortranarray(table, dtype=np.uint64))
     return paths
 
 
@@ -277,7 +277,6 @@ def test_pairs_are_those_of_a_dict(tmp_path_factory, seed, rows, parts, files, w
     keys = some_keys(rng, rows=rows, columns=2 * width)
     cuts = np.sort(rng.integers(0, rows + 1, size=files - 1))
     paths = write_keys(tmp_path_factory.mktemp("keys"), np.split(keys, cuts))
-    assert count_documents(paths) == rows
     for band in range(2):
         found = [duplicate_pairs(paths, band=band, part=part, parts=parts, columns_per_band=width) for part in range(parts)]
         assert all(pairs.dtype == np.int64 and (np.diff(pairs[:, 1]) > 0).all() for pairs in found)
@@ -301,7 +300,7 @@ def test_key_files_that_cannot_be_used(tmp_path):
         duplicate_pairs([good, torn], band=0, part=0, parts=1)
     np.save(tmp_path / "other.npy", np.zeros((3, 2)))
     with pytest.raises(DataError, match=r"holds float64\[3, 2\]; the rule is uint64\[rows, columns\]"):
-        count_documents([tmp_path / "other.npy"])
+        duplicate_pairs([tmp_path / "other.npy"], band=0, part=0, parts=1)
 
 
 # Clusters

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from data_prep.curate import runs
-from data_prep.curate.blocks import Metadata, theirs
-from data_prep.curate.chunks import ChunkTokenizer
+from data_prep.curate.blocks import Block, Metadata, theirs
+from data_prep.curate.chunks import ChunkTokenizer, harmless
 from data_prep.curate.document import Document
 from data_prep.curate.spec import PiiSpec, StepSpec
 from data_prep.curate.steps import build_step
@@ -70,12 +70,16 @@ CASES = [
 ]
 NAMES = [f"{case['kind']}-{number}" for number, case in enumerate(CASES)]
 
-PIECES = """the be to of and that have with The a I you Mr. e.g. U.S. a.m. can't don't he's 's '' ``word'' co-operate well-known
-word, word. word; (word) [word] {word} "quoted" 'quoted' …and... ... .. . , : ; ! ? - -- — – • # ### * & @ $5 US$30 5km 10% 3+4 1,000
-:) ): (: :-) :)) :( ;) x:) ) :D 8) =) ^_^ (╯°□°）╯︵┻━┻ <3 http://example.org/a?b=c example.com me@example.com 8.8.8.8 192.168.0.1
-foo_bar(baz) x=y; a->b a/b and/or w/o C:\\path x.y.z 0x1F 12:30 10a.m. 2m² 5°C. v1.2 JavaScript [1] [edit] [citation needed]
-lorem ipsum cookie policy Terms of Use uses cookies straße naïve ÉTÉ 東京 これは。 汉字，汉字。 한국어 русский, слово. العربية، हिन्दी। ไทย
-é ́ 👍🏽 👨‍👩‍👧 Ⅳ ½ ² º ﷺ \u200b \u00ad \ufeff IS_ALPHA LEMMA aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa""".split()
+WORDS = r"""
+the be to of and that have with The a I you Mr. e.g. U.S. a.m. can't don't he's 's '' ``word'' co-operate well-known LEMMA NOUN
+word, word. word; (word) [word] {word} "quoted" 'quoted' …and... ... .. . , : ; ! ? - -- — – • # ### * & @ $5 US$30 5km 10%
+:) ): (: :-) :)) :( ;) x:) ) :D 8) =) ^_^ (╯°□°）╯︵┻━┻ <3 http://example.org/a?b=c example.com me@example.com 8.8.8.8
+192.168.0.1 foo_bar(baz) x=y; a->b a/b and/or w/o C:\\path x.y.z 0x1F 12:30 10a.m. 2m² 5°C. v1.2 JavaScript [1] [edit]
+lorem ipsum cookie policy Terms Use uses cookies straße naïve ÉTÉ 東京 これは。 汉字，汉字。 한국어 русский, слово.
+العربية، हिन्दी। ไทย
+é ́ 👍🏽 👨‍👩‍👧 Ⅳ ½ ² º ﷺ 3+4 1,000 aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa
+"""
+PIECES = [*WORDS.split(), "lorem ipsum", "Terms of Use", "[citation needed]", "\u200b", "\u00ad", "\ufeff", "\0"]
 GAPS = [" ", " ", " ", " ", " ", "", "", "  ", "\n", "\n", "\n\n", "\n\n\n", ".\n", "...\n", "\n- ", "\n• ", "\t", "\r\n"]
 GAPS += ["\u00a0", "\u3000", "\x85", "\x1c", "\u2028", "\f"]
 texts = st.lists(st.sampled_from(PIECES + GAPS) | st.text(max_size=4), max_size=60).map("".join)
@@ -110,7 +114,6 @@ def check_equal(case, text):
 
 
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
-@pytest.mark.skipif(importlib.util.find_spec("datatrove") is None, reason="needs the extra curate")
 def test_steps_are_equal_to_datatroves(case):
     if case.get("language") == "tha" and importlib.util.find_spec("pythainlp") is None:
         with pytest.raises(DataError, match=r"steps\[2\] \(gopher_repetition\), language 'tha': .*pythainlp"):
@@ -127,20 +130,24 @@ def test_steps_are_equal_on_any_text(case, text):
     check_equal(case, text)
 
 
-@pytest.mark.parametrize(
-    "text", ["", " ", "\n", "\n\n \n", "\u3000\x1c", "a", ".", "IS_ALPHA", "the IS_ALPHA of", "\ud83d\ude00"]
-)
+@pytest.mark.parametrize("text", ["", " ", "\n", "\n\n \n", "\u3000\x1c", "a", ".", "\ud83d\ude00"])
 @pytest.mark.parametrize("case", CASES[:14], ids=NAMES[:14])
 def test_small_texts(case, text):
     check_equal(case, text.encode("utf-16", "surrogatepass").decode("utf-16"))
 
 
-@pytest.mark.parametrize("language", ["eng", "deu", "fra", "rus", "arb", "fin"])
+@pytest.mark.parametrize("language", ["eng", "deu", "fra", "fin", "ita"])
 def test_words_are_those_of_datatrove(language):
     splitter, original = splitter_of(language), load_word_tokenizer(language)
     assert splitter.local
     for text in some_texts(200):
         assert splitter.words(text).strings() == original.word_tokenize(text)
+
+
+def test_languages_with_rules_across_words_are_left_to_datatrove():
+    """`в т.ч.` is one word in Russian."""
+    step = build_step(SPEC.validate_python({"kind": "gopher_quality", "language": "rus"}), place="steps[0]")
+    assert isinstance(step, Block) and step.name == "gopher_quality"
 
 
 @settings(max_examples=400, deadline=None)
@@ -170,6 +177,15 @@ def test_special_cases_stay_as_they_are():
     tokenizer = ChunkTokenizer("eng")
     cases = [case for case in tokenizer._rules if not case.isspace()]
     assert tokenizer._split_together(cases) == [tokenizer._rules[case] for case in cases]
+
+
+def test_the_word_that_breaks_spacy_is_left_out():
+    for text in ("IS_ALPHA", "the IS_ALPHA of", "(IS_IS_ALPHAALPHA)", "a.IS_ALPHA\nb"):
+        assert splitter_of("eng").words(text).strings() == load_word_tokenizer("eng").word_tokenize(harmless(text))
+    for case in CASES[3:4] + CASES[7:8]:
+        assert outcome(build_step(SPEC.validate_python(case), place="steps[0]"), "IS_ALPHA")[0] is not None
+    text = "One IS_ALPHA of it. Two! Three? So it is. And the end of it."
+    assert outcome(build_step(SPEC.validate_python({"kind": "c4"}), place="steps[0]"), text) == (None, text)
 
 
 def test_a_full_table_is_emptied():
@@ -216,17 +232,20 @@ def model_file(tmp_path_factory):
     ]
     random.shuffle(lines)
     (folder / "lines.txt").write_text("\n".join(lines))
-    model = fasttext.train_supervised(
-        str(folder / "lines.txt"), dim=8, minn=1, maxn=2, epoch=20, thread=1, verbose=0, bucket=1000
-    )
+    model = fasttext.train_supervised(str(folder / "lines.txt"), dim=8, minn=1, maxn=2, epoch=5, lr=0.05, thread=1, verbose=0)
     model.save_model(str(folder / "model.bin"))
     return str(folder / "model.bin")
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"languages": ["en"]}, {"languages": ["en", "de"], "min_score": 0.9}, {"min_score": 0.999}, {"label_only": True}]
-    + [{"languages": ["en"], "keep_top_pairs_threshold": 0.01}],
+    [
+        {"languages": ["en"]},
+        {"languages": ["en", "de"], "min_score": 0.9},
+        {"min_score": 0.999},
+        {"label_only": True},
+        {"languages": ["en"], "keep_top_pairs_threshold": 0.01},
+    ],
 )
 def test_language(model_file, options):
     from fasttext.FastText import _FastText
@@ -239,9 +258,6 @@ def test_language(model_file, options):
         ours, their = (Document(text=text, id="a", metadata={"kept": 1}) for _ in range(2))
         kept = block.filter(their)
         assert step(ours) == (None if kept else "language") and ours == their
-    assert step(Document("abcdefgab bcdef", "a", {})) in (
-        {None} if "languages" in options or "label_only" in options else {None, "language"}
-    )
 
 
 def test_model_files_that_cannot_be_used(tmp_path):
@@ -258,7 +274,7 @@ def test_model_files_that_cannot_be_used(tmp_path):
         ({"equals": "en"}, {"en": None, "de": "metadata_value", None: "metadata_missing", 1: "metadata_value"}),
         ({"equals": 1}, {1: None, 2: "metadata_value"}),
         ({"equals": True}, {True: None, False: "metadata_value"}),
-        ({"one_of": ["a", 2]}, {"a": None, 2: None, 2.0: None, 3: "metadata_value", True: "metadata_value"}),
+        ({"one_of": ["a", 2]}, {"a": None, 2: None, 3: "metadata_value", True: "metadata_value"}),
         ({"min": 2}, {2: None, 1.9: "metadata_value", 10**30: None, "3": "metadata_type", float("nan"): "metadata_value"}),
         ({"min": 0, "max": 1}, {0: None, 0.5: None, 1.01: "metadata_value", -1: "metadata_value"}),
     ],
