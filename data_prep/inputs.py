@@ -18,7 +18,7 @@ from data_prep.spec import Source
 COMPRESSIONS = (".gz", ".zst", ".zstd")
 EXTENSIONS = {"jsonl": (".jsonl", ".ndjson", ".json"), "parquet": (".parquet", ".pq")}  # text: any
 ISAL_ERROR = cast(type[Exception], isal_zlib.error)
-DAMAGE = (OSError, EOFError, zstandard.ZstdError, ISAL_ERROR)
+DAMAGE: tuple[type[Exception], ...] = (OSError, EOFError, zstandard.ZstdError, ISAL_ERROR)
 READ_BYTES = 1 << 16  # of compressed input: what comes out at once stays small at any sane ratio
 
 

@@ -41,7 +41,8 @@ CL100K_PATTERN = (
 )
 
 
-CACHE_BYTES = 240 << 20  # what a process may grow by before gigatoken's cache is dropped; building it anew takes 0.1 s
+MEMORY_BYTES = 480 << 20  # of a process, above which gigatoken's cache is dropped; building it anew takes 0.1 s
+REST_BYTES = 32 << 20  # of text between two builds, where the rest of the process is what takes the memory
 
 
 class Encoded(NamedTuple):
@@ -131,7 +132,7 @@ class ExactBpe:
     """Byte-level BPE over cl100k's pattern, with any `ranks` (the content of a .tiktoken file): tiktoken's ids at the speed of
     gigatoken, which gets every text that it is known to treat as tiktoken does. One thread: processes are the parallelism."""
 
-    def __init__(self, ranks: bytes, *, specials: Mapping[str, int], cache_bytes: int = CACHE_BYTES):
+    def __init__(self, ranks: bytes, *, specials: Mapping[str, int], memory_bytes: int = MEMORY_BYTES):
         import tiktoken
 
         self._tiktoken = tiktoken.Encoding(
@@ -139,7 +140,7 @@ class ExactBpe:
         )
         self.vocab_size: int = self._tiktoken.n_vocab
         self._dtype = np.dtype(dtype_for(self.vocab_size))
-        self._gigatoken = _Gigatoken(ranks, dtype=self._dtype, cache_bytes=cache_bytes) if _has_known_versions() else None
+        self._gigatoken = _Gigatoken(ranks, dtype=self._dtype, memory_bytes=memory_bytes) if _has_known_versions() else None
 
     def encode(self, texts: Sequence[str]) -> Encoded:
         """The ids of `texts`, special tokens spelled out in them as text. DataError: gigatoken lost a text."""
@@ -173,16 +174,17 @@ class ExactBpe:
 
 class _Gigatoken:
     """gigatoken, on this thread. It keeps the ids of every new word and forgets none, so it is dropped and built again once the
-    process has grown by `cache_bytes`. What it keeps changes no id."""
+    process is larger than `memory_bytes`. What it keeps changes no id."""
 
-    def __init__(self, ranks: bytes, *, dtype: IdsType, cache_bytes: int):
-        self._ranks, self._dtype, self._cache_bytes = ranks, dtype, cache_bytes
+    def __init__(self, ranks: bytes, *, dtype: IdsType, memory_bytes: int):
+        self._ranks, self._dtype, self._memory_bytes = ranks, dtype, memory_bytes
         self._build()
 
     def encode(self, texts: list[bytes]) -> Encoded:
         """The ids of texts in UTF-8."""
-        if _resident_bytes() - self._at_start > self._cache_bytes:
+        if self.encoded_bytes > REST_BYTES and _resident_bytes() > self._memory_bytes:
             self._build()
+        self.encoded_bytes += sum(map(len, texts))
         rows = self._engine.encode_batch(texts, parallel=False).layout
         lengths = np.diff(rows.offsets.data)
         if len(lengths) != len(texts):
@@ -200,7 +202,7 @@ class _Gigatoken:
             file.write(self._ranks)
             file.flush()
             self._engine = gigatoken.Tokenizer.from_tiktoken(file.name, pretokenizer="cl100k", special_tokens={})
-        self._at_start = _resident_bytes()
+        self.encoded_bytes = 0  # since then
 
 
 def _resident_bytes() -> int:

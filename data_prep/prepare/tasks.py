@@ -133,6 +133,8 @@ def batches(documents: Documents, *, shuffle_characters: int, key: str) -> Itera
                 batch, size = [], 0
         if batch:
             yield [texts[index] for index in batch], [places[index] for index in batch]
+        texts.clear()  # before the next buffer is read: two at once would be the peak
+        places.clear()
 
 
 def _buffers(documents: Documents, *, characters: int) -> Iterator[tuple[list[str], list[Place]]]:

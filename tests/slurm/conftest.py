@@ -1,7 +1,6 @@
 """The cluster that all tests of this folder share."""
 
 import os
-from collections.abc import Iterator
 
 import pytest
 
@@ -12,11 +11,16 @@ INSTALL = "apt-get install -y --no-install-recommends slurmctld slurmd slurm-cli
 
 
 @pytest.fixture(scope="session")
-def slurm() -> Iterator[SlurmLab]:
-    if missing := missing_programs():
-        reason = f"no {', '.join(missing)} on this machine; {INSTALL}"
-        if os.environ.get("CI"):  # there a test that was skipped would look like one that passed
-            pytest.fail(reason, pytrace=False)
-        pytest.skip(reason)
+def slurm():
+    require(missing_programs())
     with SlurmLab() as lab:
         yield lab
+
+
+def require(missing):
+    """Skips where Slurm is not installed; not in CI, where a test that was skipped would look like one that passed."""
+    reason = f"no {', '.join(missing)} on this machine: {INSTALL}"
+    if missing and os.environ.get("CI"):
+        pytest.fail(reason, pytrace=False)
+    if missing:
+        pytest.skip(reason)

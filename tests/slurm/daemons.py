@@ -99,7 +99,7 @@ class Daemons:
         for name in list(self._running):
             self._stop(name)
         deadline = time.monotonic() + 10
-        while (left := list(self._processes())) and time.monotonic() < deadline:
+        while (left := list(self.processes())) and time.monotonic() < deadline:
             self._kill(left)
             time.sleep(0.02)
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -115,10 +115,10 @@ class Daemons:
         key.write_bytes(os.urandom(128))
         own = [f"--{name}-file={self.folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
         self._start("munged", "munged", "--foreground", "--force", f"--socket={sock}", "--num-threads=2", *own)
-        self._until(sock.exists, what="munged")
+        self.until(sock.exists, what="munged")
         self._start("slurmctld", "slurmctld", "-D", "-c")
         # A node that finds no controller tries again a second later.
-        self._until(lambda: self._says("scontrol", "ping") is not None, what="slurmctld")
+        self.until(lambda: self._says("scontrol", "ping") is not None, what="slurmctld")
         for name in self.nodes:
             self._start_node(name)
         self._wait_idle(self.nodes)
@@ -168,7 +168,7 @@ class Daemons:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    def _processes(self, *, node: str = "") -> Iterator[int]:
+    def processes(self, *, node: str = "") -> Iterator[int]:
         """What runs here, or on one node: daemons and jobs carry our SLURM_CONF in their environment."""
         ours = f"SLURM_CONF={self.folder}/slurm.conf".encode()
         marks = {f"{name}={node}".encode() for name in ("LAB_NODE", "SLURMD_NODENAME")}
@@ -185,9 +185,9 @@ class Daemons:
 
     def _wait_idle(self, nodes: Sequence[str]) -> None:
         command = ("sinfo", "--noheader", "--Node", "--partition=low", f"--nodes={','.join(nodes)}", "--format=%t")
-        self._until(lambda: (self._says(*command) or "").split() == ["idle"] * len(nodes), what="the nodes")
+        self.until(lambda: (self._says(*command) or "").split() == ["idle"] * len(nodes), what="the nodes")
 
-    def _until(self, true: Callable[[], bool], *, what: str) -> None:
+    def until(self, true: Callable[[], bool], *, what: str) -> None:
         deadline = time.monotonic() + BOOT_S
         while not true():
             dead = [name for name, daemon in self._running.items() if daemon.poll() is not None]

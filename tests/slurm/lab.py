@@ -61,7 +61,7 @@ class SlurmLab(Daemons):
     def kill_node(self, name: str, *, noticed: bool = True) -> None:
         """Power off, with all that runs there. `noticed` tells slurmctld, which takes half a minute to see it by itself."""
         self._stop(name)
-        self._kill(list(self._processes(node=name)))
+        self._kill(list(self.processes(node=name)))
         if noticed:
             self.run("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=killed")
 

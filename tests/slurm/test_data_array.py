@@ -53,7 +53,9 @@ class Text:
         return [f"--config-dir={self.root / 'yaml'}", "run=web", f"run.data_dir='{self.root / data_dir}'"]
 
     def made(self, data_dir: str) -> dict[str, bytes]:
-        return snapshot(self.root / data_dir / "web")
+        """All but what a dead machine left half written, which stays for an hour."""
+        files = snapshot(self.root / data_dir / "web")
+        return {name: content for name, content in files.items() if not name.endswith(".partial")}
 
     def receipts(self, data_dir: str) -> list[str]:
         return [path.name for path in (self.root / data_dir / "web" / "receipts").glob("*.json")]
@@ -123,8 +125,9 @@ def test_a_node_that_dies(slurm, text, sbatch):
     """Its element starts again elsewhere, and nobody needs to submit anything."""
     job = sbatch(text.words("node"), elements=2, options=["--exclusive"])
     wait_for_receipts(text, "node")
-    victim = slurm.jobs(job)[0].node
+    victim = next(element.node for element in slurm.jobs(job) if element.state == "RUNNING")
     slurm.kill_node(victim)
+    print(list((text.root/"node").rglob("*.partial")), list((text.root/"node").rglob("claims/*")))
     for claim in (text.root / "node" / "web" / "claims").glob("*"):
         os.utime(claim, times=(time.time() - STALE_S - 1,) * 2)  # the wait, shortened
     slurm.wait(job, "COMPLETED")
@@ -139,7 +142,6 @@ def test_a_bad_row_fails_the_source_for_all_elements(slurm, text, sbatch):
     job = sbatch([*text.words("bad"), inputs], elements=3)
     elements = slurm.wait(job, "FAILED")
     assert [element.exit_code for element in elements] == [2] * 3
-    logs = [element.output.read_text() for element in elements]
-    assert any("source 'web': 1 malformed rows, listed in" in log for log in logs)
+    logs = "\n".join(element.output.read_text() for element in elements)
+    assert f"{text.root}/bad.jsonl, line 1: the row is not valid JSON" in logs
     assert not (text.root / "bad" / "web" / "manifest.json").exists()
-    print(*logs, sep="\n-------\n")
