@@ -48,6 +48,7 @@ def pii_of_datatrove() -> Step:
     block = PIIFormatter()
 
     def replace(document: Document) -> None:
+        block.emails_replacer._replace_i = block.ip_replacer._replace_i = 0  # as ours: each document for itself
         document.text = block.format(document.text)
 
     return replace

@@ -67,7 +67,8 @@ def language_step(spec: LanguageSpec, *, place: str) -> Block:
 
 
 class Pii:
-    """datatrove's replacements, without a search where there is nothing to find: an address needs `@`, or digits and dots."""
+    """datatrove's replacements, without a search where there is no `@`. They go round in each document anew: in datatrove
+    they go on from one to the next, so that a text would depend on what the process read before."""
 
     name = "pii"
 
@@ -84,6 +85,7 @@ class Pii:
         )
 
     def __call__(self, document: Document) -> str | None:
+        self._block.emails_replacer._replace_i = self._block.ip_replacer._replace_i = 0
         if self._spec.remove_emails and "@" in document.text:
             document.text = self._block.emails_replacer.replace(document.text)
         if self._spec.remove_ips:

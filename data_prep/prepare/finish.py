@@ -4,10 +4,10 @@ from collections.abc import Iterable
 
 from data_prep.errors import DataError
 from data_prep.manifest import FORMAT_VERSION, Manifest, Statistics, dtype_for, encode_manifest, split_of
+from data_prep.prepare.documents import REJECTS
 from data_prep.prepare.job import Job
 from data_prep.prepare.place import CLAIMS
 from data_prep.prepare.receipt import Counts, Receipt, merged, read_receipt
-from data_prep.prepare.tasks import REJECTS
 from data_prep.tokenizers import tokenizer_entry
 
 MANIFEST, ALL_REJECTS = "manifest.json", "rejects.jsonl"

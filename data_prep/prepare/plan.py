@@ -8,7 +8,6 @@ any number of workers, so that shards are the same bytes wherever they were made
 import itertools
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass
 from functools import cached_property
@@ -210,7 +209,9 @@ def settings_of(source: Source, *, files: tuple[InputFile, ...], settings: DataS
 
 def common_folder(files: Sequence[InputFile]) -> str:
     """The longest folder that all files lie below, with its last slash; of paths and of URLs."""
-    return "/".join([*os.path.commonprefix([file.path.split("/")[:-1] for file in files]), ""]) if files else ""
+    folders = [file.path.split("/")[:-1] for file in files]
+    common = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False))
+    return "".join(f"{parts[0]}/" for parts in common)
 
 
 def differences(found: Settings, wanted: Settings) -> list[str]:

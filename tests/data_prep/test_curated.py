@@ -62,7 +62,9 @@ def planted():
     rows = [{"text": text(seed), "id": f"first-{seed}", "kind": "good"} for seed in range(200)]
     rows += [{"text": text(seed), "id": f"copy-{seed}", "kind": "good"} for seed in range(40)]
     rows += [
-        {"text": near(seed, other), "id": f"near-{seed}-{other}", "kind": "good"} for seed in range(100, 140) for other in (7, 80)
+        {"text": near(seed, other), "id": f"near-{seed}-{other}", "kind": "good"}
+        for seed in range(100, 140)
+        for other in (7, 80)
     ]
     rows += [{"text": text(1000 + seed), "id": f"bad-{seed}", "kind": "bad"} for seed in range(5)]
     return [*rows, {"text": "", "id": "empty", "kind": "good"}]
@@ -80,8 +82,10 @@ def test_planted_copies_go_and_every_row_is_accounted_for(lab):
     kept = Counter(lab.texts_back())
     assert max(kept.values()) == 1 and len(kept) == 200 + 80 - found.dropped["minhash_dedup"]["copy"]
     out = manifest.train.documents + manifest.held_out.documents
-    assert found.rows == 326 == out + manifest.empty_documents + manifest.rejected_rows + sum(
-        sum(row.values()) for row in found.dropped.values()
+    assert (
+        found.rows
+        == 326
+        == out + manifest.empty_documents + manifest.rejected_rows + sum(sum(row.values()) for row in found.dropped.values())
     )
     samples = lab.samples()
     assert {sample["step"] for sample in samples} == {"metadata", "exact_dedup", "minhash_dedup"}

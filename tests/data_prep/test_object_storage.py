@@ -138,5 +138,7 @@ def test_claims_in_a_bucket(bucket):
 
 def test_a_store_that_is_not_there_is_named(lab, s3, monkeypatch):
     monkeypatch.setattr("data_prep.prepare.remote_place.RETRY_SECONDS", (0.01,))
-    with pytest.raises(DataError, match=r"cannot write s3://no-such-bucket/web/plan\.json after 2 attempts: .*look at the store"):
+    with pytest.raises(
+        DataError, match=r"cannot write s3://no-such-bucket/web/plan\.json after 2 attempts: .*look at the store"
+    ):
         prepare(lab, inputs=f"{lab.folder}/*.jsonl", data_dir="s3://no-such-bucket")

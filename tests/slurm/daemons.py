@@ -105,8 +105,8 @@ class Daemons:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def logs(self, *, lines: int) -> str:
-        """The ends of all logs."""
-        return "\n".join(f"{path.name}:\n{tail(path, lines=lines)}" for path in sorted(self.folder.glob("*.log")))
+        """The ends of what all daemons wrote."""
+        return "\n".join(f"{path.name}:\n{tail(path, lines=lines)}" for path in sorted(self.folder.glob("*.out")))
 
     def _boot(self) -> None:
         self._write_files()
@@ -148,7 +148,7 @@ class Daemons:
     def _start(self, name: str, *command: str) -> None:
         # The kernel ends it where the tests themselves are killed; a session of its own keeps Ctrl-C for pytest.
         line = ["setpriv", "--pdeathsig=KILL", *command]
-        with (self.folder / f"{name}.out.log").open("ab") as log:
+        with (self.folder / f"{name}.out").open("ab") as log:
             self._running[name] = subprocess.Popen(
                 line, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )

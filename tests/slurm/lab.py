@@ -72,10 +72,10 @@ class SlurmLab(Daemons):
         self._wait_idle([name])
 
     def log(self, job: str = "", *, lines: int = 15) -> str:
-        """For a message: the jobs and what they wrote, and the ends of the daemons' logs."""
+        """For a message: the jobs and what they wrote, and what slurmctld did with them."""
         found = parse_jobs(self._says(*show(job)) or "")
         parts = [f"{one.id} {one.state} {one.exit_code}:{one.signal}\n{tail(one.output, lines=lines)}" for one in found]
-        return "\n".join([*parts, self.logs(lines=lines)])
+        return "\n".join([*parts, "slurmctld:", tail(self.folder / "slurmctld.log", lines=lines)])
 
 
 def show(job: str) -> list[str]:

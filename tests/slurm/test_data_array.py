@@ -127,7 +127,6 @@ def test_a_node_that_dies(slurm, text, sbatch):
     wait_for_receipts(text, "node")
     victim = next(element.node for element in slurm.jobs(job) if element.state == "RUNNING")
     slurm.kill_node(victim)
-    print(list((text.root/"node").rglob("*.partial")), list((text.root/"node").rglob("claims/*")))
     for claim in (text.root / "node" / "web" / "claims").glob("*"):
         os.utime(claim, times=(time.time() - STALE_S - 1,) * 2)  # the wait, shortened
     slurm.wait(job, "COMPLETED")

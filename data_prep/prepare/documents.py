@@ -1,0 +1,189 @@
+"""The documents of a task: its rows through the steps, and in batches for the tokenizer."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from data_prep.curate.document import Document, Step
+from data_prep.errors import DataError
+from data_prep.indexed import naming_full_disk
+from data_prep.prepare.job import CLEAN, ID_FIELD, Job, documents_of
+from data_prep.prepare.plan import Stage
+from data_prep.prepare.receipt import Counts
+from data_prep.readers import Place, Rejects, Rows
+
+BATCH_CHARACTERS = 1 << 21
+BATCH_DOCUMENTS = 1024
+REJECTS, DROPPED = "rejects", "dropped"
+
+Numbered = tuple[int, Document]  # a document, and where its row stands among those that were read with it
+
+
+class Documents:
+    """The documents of a task that its steps keep, as batches of texts with their places; counts what became of the others."""
+
+    def __init__(self, job: Job, stage: Stage, *, number: int, room: Path):
+        self._job, self._stage, self._number = job, stage, number
+        self.counts = Counts()
+        name = stage.task(number)
+        self._rejects = Rejects(room / REJECTS / f"{name}.jsonl", tolerance=job.settings.max_rejected_rows)
+        self._samples = room / DROPPED / f"{name}.jsonl"
+        for path in (self._rejects.path, self._samples):
+            path.unlink(missing_ok=True)  # of an attempt that did not end
+        self._copies = self._copies_before() if stage.takes_from else {}
+        self._runs = _runs([step for step in job.steps[stage.first_step : stage.last_step] if step])
+
+    @property
+    def files(self) -> list[Path]:
+        return [path for path in (self._rejects.path, self._samples) if path.exists()]
+
+    def __iter__(self) -> Iterator[Rows]:
+        """Batches without empty documents. DataError: as the readers', and what a step refuses."""
+        rows: Rows
+        for rows in self._job.read(self._stage, number=self._number, counts=self.counts, rejects=self._rejects):
+            kept = [index for index, text in enumerate(rows.texts) if text]
+            self.counts.empty_documents += len(rows.texts) - len(kept)
+            if len(kept) < len(rows.texts):
+                rows = rows.only(kept)
+            if self._job.wants_fields:
+                rows = self._filter(rows)
+            if rows.texts:
+                yield rows
+
+    def _copies_before(self) -> dict[int, frozenset[int]]:
+        from data_prep.prepare.dedup import dropped_rows  # it stands on this module
+
+        return dropped_rows(self._job, self._stage, number=self._number)
+
+    def _filter(self, rows: Rows) -> Rows:
+        """The rows that every step keeps; a step may have changed their texts."""
+        id_field = ID_FIELD if self._stage.takes_from else self._job.source.id_field
+        documents = self._without_copies(list(documents_of(rows, id_field=id_field)), places=rows.places)
+        for steps in self._runs:
+            documents = list(self._judge(steps, documents, places=rows.places))
+        kept = [pair for pair in documents if pair[1].text or self._drop(pair[1], "text", "nothing_left")]
+        for index, document in kept:
+            rows.texts[index] = document.text
+            rows.fields[index][ID_FIELD] = document.id
+            self._look(document)
+        return rows.only([index for index, _ in kept])
+
+    def _without_copies(self, documents: list[Numbered], *, places: Sequence[Place]) -> list[Numbered]:
+        if not self._copies:
+            return documents
+        step = self._job.source.steps[self._stage.first_step - 1].kind
+        return [
+            (index, document)
+            for index, document in documents
+            if places[index].number not in self._copies[task_of(places[index])] or self._drop(document, step, "copy")
+        ]
+
+    def _judge(self, steps: Sequence[Step], documents: Sequence[Numbered], *, places: Sequence[Place]) -> Iterator[Numbered]:
+        """Those that a run of steps keeps."""
+        judge_all = getattr(steps[0], "judge_all", None)
+        if judge_all:
+            reasons = judge_all([document for _, document in documents])
+            judged = [(steps[0].name, reason) for reason in reasons]
+        else:
+            judged = [_first_reason(steps, document, place=places[index]) for index, document in documents]
+        for (index, document), (step, reason) in zip(documents, judged, strict=True):
+            if not reason or self._drop(document, step, reason):
+                yield index, document
+
+    def _drop(self, document: Document, step: str, reason: str) -> bool:
+        """Counts, and keeps a sample; False, so that a condition may end in it."""
+        counts = self.counts
+        counts.count(counts.dropped, key=step, value=reason)
+        if counts.dropped[step][reason] <= self._job.settings.dropped_samples:
+            sample = {"step": step, "reason": reason, "id": document.id, "text": document.text, "metadata": document.metadata}
+            self._samples.parent.mkdir(exist_ok=True)
+            with naming_full_disk(self._samples), self._samples.open("ab") as file:
+                file.write(encode_row(sample))
+        return False
+
+    def _look(self, document: Document) -> None:
+        language = document.metadata.get("language")
+        if isinstance(language, str):
+            self.counts.count(self.counts.found, key="language", value=language)
+
+
+def _runs(steps: Sequence[Step]) -> list[list[Step]]:
+    """Steps that look at one document at a time, together, so that what one found out serves the next; those that are quicker
+    with many documents, each alone."""
+    runs: list[list[Step]] = []
+    for step in steps:
+        if runs and not hasattr(step, "judge_all") and not hasattr(runs[-1][0], "judge_all"):
+            runs[-1].append(step)
+        else:
+            runs.append([step])
+    return runs
+
+
+def _first_reason(steps: Sequence[Step], document: Document, *, place: Place) -> tuple[str, str | None]:
+    for step in steps:
+        try:
+            reason = step(document)
+        except DataError as error:
+            raise DataError(f"{place}: {error}") from error
+        if reason:
+            return step.name, reason
+    return "", None
+
+
+def encode_row(row: dict[str, Any]) -> bytes:
+    """A line of jsonl. What a step left in the metadata is written as JSON writes it, or as its text."""
+    return json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "replace") + b"\n"
+
+
+def task_of(place: Place) -> int:
+    """Which task of curation left the file that a row is read from."""
+    return int(Path(place.piece.file.path).name.removesuffix(CLEAN))
+
+
+def batches(documents: Documents, *, shuffle_characters: int, key: str) -> Iterator[tuple[list[str], list[Place]]]:
+    """Enough text a call to keep the tokenizer busy, little enough to stay small; mixed within buffers of `shuffle_characters`,
+    in an order that `key` decides."""
+    for number, (texts, places) in enumerate(_buffers(documents, characters=max(shuffle_characters, BATCH_CHARACTERS))):
+        order = range(len(texts))
+        if shuffle_characters:
+            order = _keyed_permutation(len(texts), key=f"{key}\0{number}").tolist()
+        batch: list[int] = []
+        size = 0
+        for index in order:
+            batch.append(index)
+            size += len(texts[index])
+            if size >= BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS:
+                yield [texts[index] for index in batch], [places[index] for index in batch]
+                batch, size = [], 0
+        if batch:
+            yield [texts[index] for index in batch], [places[index] for index in batch]
+        texts.clear()  # before the next buffer is read: two at once would be the peak
+        places.clear()
+
+
+def _buffers(documents: Documents, *, characters: int) -> Iterator[tuple[list[str], list[Place]]]:
+    texts: list[str] = []
+    places: list[Place] = []
+    size = 0
+    for rows in documents:
+        texts += rows.texts
+        places += rows.places
+        size += sum(map(len, rows.texts))
+        if size >= characters:
+            yield texts, places
+            texts, places, size = [], [], 0
+    if texts:
+        yield texts, places
+
+
+def _keyed_permutation(count: int, *, key: str) -> NDArray[np.int64]:
+    """Sorted by a hash of each index: the same with any version of numpy, which its generators do not promise."""
+    value = np.arange(count, dtype=np.uint64) + np.uint64(xxhash.xxh3_64_intdigest(key.encode()))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64, of which order.py says more
+        value = (value ^ (value >> np.uint64(shift))) * np.uint64(factor)
+    return (value ^ (value >> np.uint64(31))).argsort(kind="stable")
