@@ -6,7 +6,8 @@ from data_prep.errors import DataError
 from data_prep.manifest import FORMAT_VERSION, Manifest, Statistics, dtype_for, encode_manifest, split_of
 from data_prep.prepare.documents import REJECTS
 from data_prep.prepare.job import Job
-from data_prep.prepare.place import CLAIMS
+from data_prep.prepare.place import CLAIMS, Place
+from data_prep.prepare.plan import Plan
 from data_prep.prepare.receipt import Counts, Receipt, merged, read_receipt
 from data_prep.tokenizers import tokenizer_entry
 
@@ -30,9 +31,14 @@ def finish(job: Job) -> Manifest:
     manifest = _manifest(job, counts=counts, receipts=final, code=sorted({receipt.code for receipt in everything}))
     _refuse_unusable(job, manifest=manifest, counts=counts)
     job.place.write(MANIFEST, encode_manifest(manifest))
-    for folder in (CLAIMS, REJECTS, *(stage.name for stage in job.plan.stages)):
-        job.place.remove(folder)
+    tidy(job.place, plan=job.plan)
     return manifest
+
+
+def tidy(place: Place, *, plan: Plan) -> None:
+    """Removes what was only needed on the way; what a process that was killed left of it, when the source is opened again."""
+    for folder in (CLAIMS, REJECTS, *(stage.name for stage in plan.stages)):
+        place.remove(folder)
 
 
 def _receipts(job: Job, *, tasks: list[str]) -> list[Receipt]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from data_prep.errors import DataError
 from data_prep.inputs import InputFile, find_inputs
 from data_prep.manifest import Manifest, damaged_shards, imported_manifest, read_manifest
+from data_prep.prepare.finish import tidy
 from data_prep.prepare.job import Job, shared_tokenizer
 from data_prep.prepare.place import LocalPlace, Place, open_place
 from data_prep.prepare.plan import FILE, Plan, Settings, changed_inputs, decode_plan, differences, plan_source, settings_of
@@ -86,6 +87,8 @@ def _whole(order: Order, *, place: Place, wanted: Settings, plan: Plan | None, f
     unsaid |= {key: wanted[key] for key in ("shuffle_mib", "max_row_mib")}
     changed = changed_inputs(plan.files, files) if plan else ""
     _refuse_other(differences(unsaid | manifest.settings, wanted), place=place.path("").rstrip("/"), changed=changed)
+    if plan:
+        tidy(place, plan=plan)
     if damaged := damaged_shards(folder, manifest=manifest):
         raise DataError(
             f"source '{place.name}': {'; '.join(damaged)}; shards are written once and never repaired; "

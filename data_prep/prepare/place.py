@@ -5,6 +5,7 @@ files carry their writer's name until they are whole and the same task always gi
 """
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -128,8 +129,13 @@ class LocalPlace:
         path = self.directory / CLAIMS / task
         path.parent.mkdir(parents=True, exist_ok=True)
         for _ in range(2):
-            with contextlib.suppress(FileExistsError):
+            try:
                 descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            except FileNotFoundError:  # somebody ended the source and removed all claims
+                return None
+            except FileExistsError:
+                pass
+            else:
                 with os.fdopen(descriptor, "w") as file:
                     file.write(owner())
                 return Claim(path)
@@ -197,7 +203,14 @@ def is_running(pid: int) -> bool:
 
 
 def _age_s(path: Path) -> float:
-    """By the clock of the file server, which gave both times: those of machines differ."""
-    with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=path.parent, prefix=".now-") as now:
-        return os.fstat(now.fileno()).st_mtime - path.stat().st_mtime
-    return time.time() - path.stat().st_mtime if path.exists() else 0.0
+    """By the clock of the file server, which dates the files; 0 where it is not there."""
+    with contextlib.suppress(OSError):
+        return time.time() + _clock_offset_s(path.parent) - path.stat().st_mtime
+    return 0.0
+
+
+@functools.cache
+def _clock_offset_s(folder: Path) -> float:
+    """What the clock of the server that holds a folder is ahead of ours."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".now-") as now:
+        return os.fstat(now.fileno()).st_mtime - time.time()
