@@ -46,10 +46,12 @@ REST_BYTES = 32 << 20  # of text between two builds, where the rest of the proce
 
 
 class Encoded(NamedTuple):
-    """Token ids of texts: `ids` [tokens], end to end, in the dtype of the shards, without EOD; `lengths` [texts], in tokens."""
+    """Token ids of texts: `ids` [tokens], end to end, in the dtype of the shards, without EOD; `lengths` [texts], in tokens.
+    `utf8` [texts] is there where the tokenizer had to make it, so that nobody makes it again."""
 
     ids: Ids
     lengths: NDArray[np.int64]
+    utf8: list[bytes] | None = None
 
     def documents(self) -> list[Ids]:
         """The ids of each text: views."""
@@ -147,12 +149,13 @@ class ExactBpe:
         if not self._gigatoken:
             return self._joined([self.reference(text) for text in texts])
         data = [utf8_if_alike(text) for text in texts]
-        encoded = self._gigatoken.encode([text for text in data if text is not None])
-        if None not in data:
-            return encoded
+        alike = [text for text in data if text is not None]
+        encoded = self._gigatoken.encode(alike)
+        if len(alike) == len(data):
+            return encoded._replace(utf8=alike)
         ids = iter(encoded.documents())
         return self._joined(
-            [self.reference(text) if alike is None else next(ids) for text, alike in zip(texts, data, strict=True)]
+            [self.reference(text) if utf8 is None else next(ids) for text, utf8 in zip(texts, data, strict=True)]
         )
 
     def reference(self, text: str) -> Ids:

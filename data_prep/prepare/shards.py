@@ -73,7 +73,7 @@ class TaskShards:
     the plan guessed wrong, goes on in another."""
 
     def __init__(self, folder: Path, *, task: int, dtype: IdsType, eod_id: int, shard_tokens: int, buckets: Sequence[int]):
-        self._eod_id, self._buckets = eod_id, np.array(buckets, dtype=np.int64)
+        self._eod, self._buckets = np.array([eod_id], dtype=dtype), np.array(buckets, dtype=np.int64)
         shards = functools.partial(_Sequence, folder, dtype=dtype, shard_tokens=shard_tokens + shard_tokens // 2)
         self._train = [
             shards(stem=f"shard_b{least}_{task:05d}" if least else f"shard_{task:05d}", min_document_tokens=least)
@@ -84,15 +84,15 @@ class TaskShards:
 
     def add(self, encoded: Encoded, *, held_out: NDArray[np.bool_]) -> None:
         """Documents without their EODs, none of them empty, and which are for validation [documents]."""
-        ids, lengths = _with_eod(encoded, eod_id=self._eod_id)
+        lengths = encoded.lengths + 1
         self.lengths.add(lengths[~held_out])
         goes_to = np.where(held_out, -1, np.searchsorted(self._buckets, lengths, side="right"))
+        documents = encoded.documents()
         for number, sequence in ((-1, self._held_out), *enumerate(self._train)):
-            chosen = goes_to == number
-            if chosen.all():
-                sequence.add(ids, lengths=lengths)
-            elif chosen.any():
-                sequence.add(ids[np.repeat(chosen, lengths)], lengths=lengths[chosen])
+            chosen = np.flatnonzero(goes_to == number)
+            if len(chosen):
+                parts = [part for index in chosen.tolist() for part in (documents[index], self._eod)]
+                sequence.add(np.concatenate(parts), lengths=lengths[chosen])
 
     def finish(self) -> tuple[list[ShardEntry], list[ShardEntry]]:
         """The shards for training, the shortest bucket first, and those for validation."""
@@ -101,9 +101,3 @@ class TaskShards:
     def abort(self) -> None:
         for sequence in (*self._train, self._held_out):
             sequence.abort()
-
-
-def _with_eod(encoded: Encoded, *, eod_id: int) -> tuple[Ids, NDArray[np.int64]]:
-    """The documents with an EOD behind each, and how long they are now."""
-    ends = np.cumsum(encoded.lengths)
-    return np.insert(encoded.ids, ends, eod_id), encoded.lengths + 1

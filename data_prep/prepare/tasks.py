@@ -94,25 +94,25 @@ def _write(job: Job, texts: list[str], *, places: list[Place], shards: TaskShard
     _refuse_eod(encoded, places=places, eod_id=job.tokenizer.eod_id)
     if job.oracle:
         job.oracle.check(texts, encoded, places=places)
+    data = encoded.utf8 or [text.encode() for text in texts]
     some = encoded.lengths > 0  # a normaliser may leave nothing of a text
     if not some.all():
-        texts = [text for text, kept in zip(texts, some.tolist(), strict=True) if kept]
+        data = [text for text, kept in zip(data, some.tolist(), strict=True) if kept]
         counts.empty_documents += int((~some).sum())
-        encoded = encoded._replace(lengths=encoded.lengths[some])
-    data = [text.encode() for text in texts]
+        encoded = Encoded(encoded.ids, encoded.lengths[some])
     seed, fraction = job.seed, job.settings.held_out_fraction
     held_out = np.array([is_held_out(content, seed=seed, fraction=fraction) for content in data], dtype=bool)
     shards.add(encoded, held_out=held_out)
-    counts.documents += len(texts)
-    counts.tokens += len(encoded.ids) + len(texts)
+    counts.documents += len(data)
+    counts.tokens += len(encoded.ids) + len(data)
     counts.text_bytes += sum(map(len, data))
 
 
 def _refuse_eod(encoded: Encoded, *, places: list[Place], eod_id: int) -> None:
     """A special token out of text would end the document there."""
-    found = np.flatnonzero(encoded.ids == eod_id)
-    if len(found):
-        document = int(np.searchsorted(np.cumsum(encoded.lengths), found[0], side="right"))
+    found = encoded.ids == eod_id
+    if found.any():
+        document = int(np.searchsorted(np.cumsum(encoded.lengths), np.argmax(found), side="right"))
         raise DataError(
             f"{places[document]}: the tokenizer made an EOD out of text; text holds no special tokens; mend the tokenizer"
         )

@@ -17,6 +17,14 @@ def slurm():
         yield lab
 
 
+@pytest.fixture(autouse=True)
+def as_booted(request):
+    """What a test leaves behind, also one that fails, is not the next one's."""
+    yield
+    if "slurm" in request.fixturenames:
+        request.getfixturevalue("slurm").reset()
+
+
 def require(missing):
     """Skips where Slurm is not installed; not in CI, where a test that was skipped would look like one that passed."""
     reason = f"no {', '.join(missing)} on this machine: {INSTALL}"

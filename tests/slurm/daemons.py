@@ -12,7 +12,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Self
@@ -163,19 +163,19 @@ class Daemons:
         daemon.kill()
         daemon.wait()
 
-    def _kill(self, processes: Sequence[int]) -> None:
+    def _kill(self, processes: Iterable[int]) -> None:
         for pid in processes:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    def processes(self, *, node: str = "") -> Iterator[int]:
-        """What runs here, or on one node: daemons and jobs carry our SLURM_CONF in their environment."""
-        ours = f"SLURM_CONF={self.folder}/slurm.conf".encode()
-        marks = {f"{name}={node}".encode() for name in ("LAB_NODE", "SLURMD_NODENAME")}
+    def processes(self, *marks: str) -> Iterator[int]:
+        """What runs here: daemons and jobs carry our SLURM_CONF in their environment. With marks, those that carry one of them,
+        `NAME=value\\0`, or `NAME=` for any value."""
+        ours = f"\0SLURM_CONF={self.folder}/slurm.conf\0"
         for path in Path("/proc").glob("[0-9]*/environ"):
             with suppress(OSError):  # it has ended, or belongs to another user
-                found = set(path.read_bytes().split(b"\0"))
-                if ours in found and (not node or marks & found):
+                found = "\0" + path.read_bytes().decode(errors="replace")
+                if ours in found and (not marks or any(f"\0{mark}" in found for mark in marks)):
                     yield int(path.parent.name)
 
     def _says(self, *command: str) -> str | None:

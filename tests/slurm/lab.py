@@ -61,7 +61,7 @@ class SlurmLab(Daemons):
     def kill_node(self, name: str, *, noticed: bool = True) -> None:
         """Power off, with all that runs there. `noticed` tells slurmctld, which takes half a minute to see it by itself."""
         self._stop(name)
-        self._kill(list(self.processes(node=name)))
+        self._kill(self.processes(f"LAB_NODE={name}\0", f"SLURMD_NODENAME={name}\0"))
         if noticed:
             self.run("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=killed")
 
@@ -70,6 +70,15 @@ class SlurmLab(Daemons):
         self._start_node(name)
         self.run("scontrol", "update", f"NodeName={name}", "State=RESUME")
         self._wait_idle([name])
+
+    def reset(self) -> None:
+        """As after the boot, for the next test: no jobs, all nodes up and idle."""
+        if left := [job.id for job in self.jobs() if job.state not in ENDED]:
+            self._says("scancel", *left)
+            self._kill(self.processes("SLURM_JOB_ID="))  # those that ignore SIGTERM take KillWait
+        for name in set(self.nodes) - set(self._running):
+            self.start_node(name)
+        self._wait_idle(self.nodes)
 
     def log(self, job: str = "", *, lines: int = 15) -> str:
         """For a message: the jobs and what they wrote, and what slurmctld did with them."""

@@ -132,7 +132,6 @@ def test_a_node_that_dies(slurm, text, sbatch):
     slurm.wait(job, "COMPLETED")
     assert sorted(element.restarts for element in slurm.jobs(job)) == [0, 1]
     assert text.made("node") == text.made("local")
-    slurm.start_node(victim)
 
 
 def test_a_bad_row_fails_the_source_for_all_elements(slurm, text, sbatch):

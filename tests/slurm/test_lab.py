@@ -46,7 +46,16 @@ def test_high_takes_the_nodes_of_low(slurm):
     slurm.wait(high, "COMPLETED", timeout=20)
     (job,) = slurm.jobs(low)
     assert job.restarts == 1 and job.output.read_text().startswith("started\n")
-    slurm.run("scancel", low)
+
+
+def test_a_reset_ends_jobs_and_brings_nodes_back(slurm):
+    job = slurm.submit(["sbatch", "--array=0-1", "--wrap=trap '' TERM; sleep 100"])
+    slurm.wait(job, "RUNNING")
+    slurm.kill_node(slurm.nodes[3])
+    assert "down" in slurm.run("sinfo", "--noheader", "--format=%t")
+    slurm.reset()
+    assert {element.state for element in slurm.jobs(job)} <= {"CANCELLED", "FAILED"}
+    assert set(slurm.run("sinfo", "--noheader", "--format=%t").split()) == {"idle"}
 
 
 @pytest.mark.parametrize("namespaces", MODES)
