@@ -79,7 +79,8 @@ def prepare_sources(
 
         errors |= run_executor(order, engine=engine, jobs=jobs)
     made, unread = _attempt(jobs.keys() - errors.keys(), lambda name: read_manifest(open_folder(data_dir, name)))
-    _refuse(errors | unread, of=len(sources))
+    errors |= unread
+    _refuse({name: errors[name] for name in sources if name in errors}, of=len(sources))
     return {name: (manifests | made)[name] for name in sources}
 
 

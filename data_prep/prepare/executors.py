@@ -12,8 +12,9 @@ from typing import Any
 from datatrove.pipeline.base import PipelineStep
 
 from data_prep.errors import DataError
+from data_prep.prepare.finish import MANIFEST
 from data_prep.prepare.job import Job
-from data_prep.prepare.open import MANIFEST, Order, reopen_job
+from data_prep.prepare.open import Order, reopen_job
 from data_prep.prepare.workers import FAILED, work
 
 
@@ -29,7 +30,7 @@ class Work(PipelineStep):  # type: ignore[misc]
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
         jobs = [reopen_job(self.order, name) for name in self.names]
         with self.track_time():
-            work(jobs, token=self.order.token, first=rank * 64 // world_size)
+            work(jobs, token=self.order.token)
         yield from data or ()  # what failed is read from the sources' folders
 
 

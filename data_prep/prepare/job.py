@@ -2,6 +2,7 @@
 
 import functools
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -46,6 +47,7 @@ class Job:
     settings: DataSettings
     seed: int
     on_tick: OnTick | None = None
+    stop: threading.Event | None = None
     _told_at: float = -math.inf
 
     @property
@@ -74,10 +76,12 @@ class Job:
         fraction = self.settings.oracle_fraction
         return Oracle(self.tokenizer, fraction=fraction, seed=self.seed) if fraction else None
 
-    def tick(self, stage: Stage, *, number: int, file: str, counts: Counts, last: bool = False) -> None:
-        """Says how far a task is; not more often than anybody can read, but for the last word."""
+    def tick(self, stage: Stage, *, number: int, file: str, counts: Counts) -> None:
+        """Says how far a task is, not more often than anybody can read. KeyboardInterrupt: `stop`."""
+        if self.stop and self.stop.is_set():
+            raise KeyboardInterrupt
         now = time.monotonic()
-        if self.on_tick and (last or now - self._told_at >= TICK_S):
+        if self.on_tick and now - self._told_at >= TICK_S:
             self._told_at = now
             self.on_tick(Tick(self.name, stage.task(number), file, replace(counts)))
 

@@ -1,13 +1,13 @@
 """Opening a source: it is whole, or begun by the same settings, or planned now; anything else in its folder is left alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from data_prep.errors import DataError
 from data_prep.inputs import InputFile, find_inputs
 from data_prep.manifest import Manifest, damaged_shards, imported_manifest, read_manifest
-from data_prep.prepare.finish import tidy
+from data_prep.prepare.finish import MANIFEST, tidy
 from data_prep.prepare.job import Job, shared_tokenizer
 from data_prep.prepare.place import LocalPlace, Place, open_place
 from data_prep.prepare.plan import FILE, Plan, Settings, changed_inputs, decode_plan, differences, plan_source, settings_of
@@ -15,8 +15,6 @@ from data_prep.prepare.receipt import FOLDER, finished_tasks, is_valid, read_rec
 from data_prep.prepare.workers import FAILED
 from data_prep.spec import DataSettings, Source, TokenizerSpec
 from data_prep.storage import open_folder
-
-MANIFEST = "manifest.json"
 
 
 class Order(NamedTuple):
@@ -52,14 +50,15 @@ def open_source(order: Order, name: str) -> Job | Manifest:
     source = order.sources[name]
     files = find_inputs(source, name=name)
     wanted = settings_of(source, files=files, settings=order.settings, seed=order.seed, tokenizer=tokenizer.fingerprint)
+    before = place.sizes()  # ahead of the plan: another may write one at any moment
     plan = _read_plan(place)
     if place.read(MANIFEST) is not None:
         return _whole(order, place=place, wanted=wanted, plan=plan, files=files)
     if plan is None or not _goes_on(plan, place=place, wanted=wanted, files=files):
-        _refuse_foreign(place, plan=plan)
+        _refuse_foreign(place, plan=plan, files=before)
         plan = plan_source(name, source, files=files, settings=wanted, data=order.settings)
         place.write(FILE, plan.encode())
-    _forget_invalid(plan, place=place)
+    _forget_invalid(plan, place=place, token=order.token)
     job = order.job(plan, place=place)
     _ = job.steps  # a package or a model that is missing is known now
     return job
@@ -120,21 +119,23 @@ def _goes_on(plan: Plan, *, place: Place, wanted: Settings, files: Sequence[Inpu
     return False
 
 
-def _refuse_foreign(place: Place, *, plan: Plan | None) -> None:
-    if plan is None and any(not name.endswith(".partial") for name in place.sizes()):
+def _refuse_foreign(place: Place, *, plan: Plan | None, files: Iterable[str]) -> None:
+    if plan is None and any(not name.endswith(".partial") for name in files):
         raise DataError(
             f"{place.path('').rstrip('/')} holds files, and neither a manifest.json nor a plan.json; a source has its folder "
             "to itself; remove or rename it; shards that Megatron wrote are taken over by `phidias data action=import`"
         )
 
 
-def _forget_invalid(plan: Plan, *, place: Place) -> None:
+def _forget_invalid(plan: Plan, *, place: Place, token: str) -> None:
     """Receipts of another plan, or of files that are gone, are no receipts: their tasks are done again."""
-    place.remove(FAILED)
+    for other in place.sizes(FAILED).keys() - {token}:  # what failed in this call stays failed for all its workers
+        place.remove(f"{FAILED}/{other}")
+    tasks = finished_tasks(place)  # ahead of the sizes: others finish more meanwhile
     folders = {stage.name for stage in plan.stages} | {"", "rejects", "dropped"}
     sizes = {f"{folder}/{file}".lstrip("/"): size for folder in folders for file, size in place.sizes(folder).items()}
-    for task in finished_tasks(place):
-        if not is_valid(read_receipt(place, task=task), plan=plan.digest, sizes=sizes):
+    for task in tasks:
+        if not is_valid(read_receipt(place, task=task), plan=plan.digest, sizes=sizes) and place.read(MANIFEST) is None:
             place.remove(f"{FOLDER}/{task}.json")
     if isinstance(place, LocalPlace):
         place.sweep()

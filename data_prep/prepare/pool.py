@@ -8,15 +8,16 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 from data_prep.errors import DataError
 from data_prep.manifest import read_manifest
+from data_prep.prepare.finish import MANIFEST
 from data_prep.prepare.job import Job, Tick
-from data_prep.prepare.open import MANIFEST, Order, reopen_job
+from data_prep.prepare.open import Order, reopen_job
 from data_prep.prepare.progress import Board
 from data_prep.prepare.workers import work
 from data_prep.storage import open_folder
@@ -53,7 +54,7 @@ class _Pool:
         self._finished = set[str]()
 
     def run(self, workers: int) -> Errors:
-        processes = dict(self._start(number, of=workers) for number in range(workers))
+        processes = dict(self._start(number) for number in range(workers))
         try:
             pipes = set(processes)
             while pipes:
@@ -61,18 +62,18 @@ class _Pool:
                     if isinstance(pipe, Connection) and not self._listen(pipe):
                         pipes.discard(pipe)
         except BaseException:
-            _stop(list(processes.values()))
+            _stop(processes)
             raise
         for process in processes.values():
             process.join()
         return self._errors | self._unfinished([process.exitcode for process in processes.values()])
 
-    def _start(self, number: int, *, of: int) -> tuple[Connection, BaseProcess]:
+    def _start(self, number: int) -> tuple[Connection, BaseProcess]:
         mine, theirs = self._context.Pipe(duplex=False)
-        process = self._context.Process(
-            target=_work, args=(theirs, self._order, list(self._jobs), number * 64 // of), name=f"worker {number}"
-        )
-        process.start()
+        words = (theirs, self._order, list(self._jobs))
+        process = self._context.Process(target=_work, args=words, name=f"worker {number}")
+        with _without_interrupts():
+            process.start()
         theirs.close()  # so that the end of the process is the end of the pipe
         return mine, process
 
@@ -108,28 +109,45 @@ class _Pool:
         }
 
 
-def _stop(processes: Iterable[Any]) -> None:
-    """Ctrl-C reached the workers too, if it was pressed; a caller's own error did not."""
-    for process in processes:
-        if process.is_alive():
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """A process that starts meanwhile is deaf to Ctrl-C until it says otherwise: during its imports it would print them."""
+    if threading.current_thread() is not threading.main_thread():  # others cannot, and get no Ctrl-C
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _stop(processes: Mapping[Connection, BaseProcess]) -> None:
+    """Ctrl-C reached the workers too, if it was pressed; a caller's own error did not. Nobody listens to them any more."""
+    for pipe, process in processes.items():
+        pipe.close()
+        if process.is_alive() and process.pid:
             os.kill(process.pid, signal.SIGINT)
-    for process in processes:
+    for process in processes.values():
         process.join(STOP_S)
         if process.is_alive():
             process.kill()
             process.join()
 
 
-def _work(pipe: Connection, order: Order, names: list[str], first: int) -> None:
-    """What a worker process does."""
+def _work(pipe: Connection, order: Order, names: list[str]) -> None:
+    """What a worker process does. Ctrl-C, scancel and preemption reach it once or twice: they raise a flag, at which it puts
+    its task down between two batches; an interrupt in the middle of putting down would leave claims behind."""
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    stop = threading.Event()
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, lambda *_: stop.set())
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
         jobs = [reopen_job(order, name) for name in names]
         for job in jobs:
-            job.on_tick = pipe.send
-        errors = work(jobs, token=order.token, first=first, on_over=pipe.send)
-        pipe.send(errors)
+            job.on_tick, job.stop = pipe.send, stop
+        pipe.send(work(jobs, token=order.token, on_over=pipe.send, stop=stop))
         return
     os._exit(130)
 

@@ -4,11 +4,15 @@ Nobody deals the tasks out. Every worker takes the next task that has no receipt
 and be killed at any time, and what they leave goes on where it stopped.
 """
 
-import time
+import functools
+import os
+import socket
+import threading
+import zlib
 from collections.abc import Callable, Sequence
 
 from data_prep.errors import DataError
-from data_prep.prepare.finish import finish
+from data_prep.prepare.finish import MANIFEST, finish
 from data_prep.prepare.job import Job
 from data_prep.prepare.plan import Stage
 from data_prep.prepare.receipt import Receipt, finished_tasks
@@ -20,17 +24,21 @@ FAILED = "failed"
 
 
 def work(
-    jobs: Sequence[Job], *, token: str, first: int = 0, on_over: Callable[[str], None] | None = None
+    jobs: Sequence[Job],
+    *,
+    token: str,
+    on_over: Callable[[str], None] | None = None,
+    stop: threading.Event | None = None,
 ) -> dict[str, DataError]:
     """Works until every source is whole or has failed; what failed, by source. `token` names the call: what failed in it is not
-    tried again by its other workers. `first` (of 64) sets workers apart, so that few ask for the same task. `on_over` is told
-    of each source that needs no more work."""
+    tried again by its other workers. `on_over` is told of each source that needs no more work. KeyboardInterrupt: `stop`."""
+    stop = stop or threading.Event()
     open_jobs, errors, pause = {job.name: job for job in jobs}, dict[str, DataError](), POLL_S
     while open_jobs:
         done_something = False
         for name, job in list(open_jobs.items()):
             try:
-                state = _advance(job, token=token, first=first)
+                state = _advance(job, token=token)
             except DataError as error:
                 job.place.write(f"{FAILED}/{token}", str(error).encode())
                 errors[name], state = error, "over"
@@ -40,27 +48,31 @@ def work(
                     on_over(name)
             done_something |= state != "waiting"
         pause = POLL_S if done_something else min(MOST_POLL_S, pause * 1.5)
-        if open_jobs and not done_something:
-            time.sleep(pause)  # others work on all that is left
+        if stop.wait(pause if open_jobs and not done_something else 0):  # others work on all that is left
+            raise KeyboardInterrupt
     return errors
 
 
-def _advance(job: Job, *, token: str, first: int) -> str:
-    """Does one task of a source: "worked"; "over": it is whole, or failed elsewhere; "waiting": others do what is left."""
-    if job.place.read("manifest.json") is not None or job.place.read(f"{FAILED}/{token}") is not None:
+def _advance(job: Job, *, token: str) -> str:
+    """Does one task of a source: "worked"; "over": it is whole; "waiting": others do what is left.
+
+    DataError: the task failed, or one did in another process of this call, in whose words every log then has the reason."""
+    if job.place.read(MANIFEST) is not None:
         return "over"
+    if (why := job.place.read(f"{FAILED}/{token}")) is not None:
+        raise DataError(why.decode())
     done = finished_tasks(job.place)
     for stage in job.plan.stages:
         missing = [number for number in range(len(stage.parts)) if stage.task(number) not in done]
         if missing:
-            return _do_one(job, stage, missing=missing, first=first)
+            return _do_one(job, stage, missing=missing)
     return _claimed(job, "finish", lambda: finish(job))
 
 
-def _do_one(job: Job, stage: Stage, *, missing: list[int], first: int) -> str:
-    turn = first * len(missing) // 64 % len(missing)
+def _do_one(job: Job, stage: Stage, *, missing: list[int]) -> str:
+    turn = zlib.crc32(f"{socket.gethostname()} {os.getpid()}".encode()) % len(missing)  # or all would ask for the same first
     for number in (*missing[turn:], *missing[:turn]):
-        if _claimed(job, stage.task(number), lambda number=number: run_task(job, stage, number)) == "worked":  # type: ignore[misc]
+        if _claimed(job, stage.task(number), functools.partial(run_task, job, stage, number)) == "worked":
             return "worked"
     return "waiting"
 
@@ -70,7 +82,8 @@ def _claimed(job: Job, task: str, do: Callable[[], object]) -> str:
     if claim is None:
         return "waiting"
     with claim:
-        if task == "finish" or task not in finished_tasks(job.place):  # another may have finished it just before
+        # Another may have finished it just before.
+        if task not in finished_tasks(job.place) and job.place.read(MANIFEST) is None:
             do()
     return "worked"
 
