@@ -29,8 +29,9 @@ demo: setup
 	$(BIN)/phidias export demo prompt="def main("
 	$(BIN)/phidias report demo
 
+# Two files at a time: most tests use one core, and those of several ranks do not mind.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: setup
 	$(BIN)/ruff check .

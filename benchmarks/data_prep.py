@@ -176,6 +176,17 @@ def text_bytes(corpus: Path) -> int:
     return sum(len(orjson.loads(line)["text"].encode()) for line in corpus.read_bytes().splitlines())
 
 
+def compare_with_tiktoken(corpus: Path, *, ranks: Path) -> Figures:
+    """Every document's ids beside tiktoken's."""
+    from data_prep.tokenizers import Cl100k
+
+    tokenizer = Cl100k(ranks.read_bytes(), eod=EOD)
+    texts = [orjson.loads(line)["text"] for line in corpus.read_bytes().splitlines()]
+    found = [ids for batch in batches(texts) for ids in tokenizer.encode_documents(batch)]
+    differ = sum(ids.tolist() != tokenizer.encode_reference(text).tolist() for text, ids in zip(texts, found, strict=True))
+    return {"documents": len(texts), "tokens": sum(map(len, found)), "documents_that_differ": differ}
+
+
 def write_corpora(corpus: Path, folder: Path) -> dict[str, Path]:
     """The whole of it, a part for the slow, and a few documents for what a start takes."""
     data = corpus.read_bytes()
@@ -212,7 +223,8 @@ def main() -> None:
             name: measure(name, whole=corpora["part" if name in SLOW else "whole"], few=corpora["few"], **files)
             for name in REPEATS
         }
-    write_result("data_prep", {**figures, "ratios": ratios(figures)})
+        exact = compare_with_tiktoken(corpora["whole"], ranks=arguments.ranks)
+    write_result("data_prep", {**figures, "ratios": ratios(figures), "beside_tiktoken": exact})
 
 
 def ratios(figures: Figures) -> Figures:
