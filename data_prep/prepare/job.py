@@ -91,8 +91,7 @@ class Job:
             for rows in self._read_part(stage, part=part, counts=counts, rejects=rejects):
                 counts.rejected_rows = rejects.count
                 yield rows
-            if stage.takes_from is None:
-                counts.input_bytes += self.plan.piece_bytes(part)
+            counts.input_bytes += self.plan.input_bytes(stage, part)
 
     def _read_part(self, stage: Stage, *, part: int, counts: Counts, rejects: Rejects) -> Iterator[Rows]:
         most = self.settings.max_row_mib << 20

@@ -83,7 +83,7 @@ def _whole(order: Order, *, place: Place, wanted: Settings, plan: Plan | None, f
     manifest = read_manifest(folder)
     # What older versions did not write down: buckets and steps did not exist, and how rows are mixed changes no text.
     unsaid: Settings = {"length_buckets": "[]", "steps": "[]", "tokenizer": manifest.tokenizer.fingerprint}
-    unsaid |= {key: wanted[key] for key in ("shuffle_mib", "max_row_mib")}
+    unsaid |= {key: wanted[key] for key in ("shuffle_mib", "max_row_mib", "step_files")}
     changed = changed_inputs(plan.files, files) if plan else ""
     _refuse_other(differences(unsaid | manifest.settings, wanted), place=place.path("").rstrip("/"), changed=changed)
     if plan:

@@ -5,17 +5,20 @@ any number of workers, so that shards are the same bytes wherever they were made
     stages     with deduplication: curate_1, pairs_1, clusters_1, curate_2, ...; always last: tokenize
 """
 
+import contextlib
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, astuple, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
+from data_prep.curate.files import files_of
 from data_prep.errors import DataError
 from data_prep.inputs import InputFile
 from data_prep.prepare.keys import groups_of, is_dedup
@@ -66,10 +69,13 @@ class Plan:
         file, start, end = self.pieces[number]
         return Piece(self.files[file], start, end)
 
-    def piece_bytes(self, number: int) -> int:
-        """Of input, for the progress."""
-        piece = self.piece(number)
-        return (piece.file.size if piece.end is None else piece.end) - piece.start
+    def input_bytes(self, stage: Stage, part: int) -> int:
+        """Of the inputs that a part of a task stands for, for the progress."""
+        if stage.takes_from is None:
+            piece = self.piece(part)
+            return (piece.file.size if piece.end is None else piece.end) - piece.start
+        before = self.stage(stage.takes_from)
+        return sum(self.input_bytes(before, each) for each in range(*before.parts[part]))
 
     @cached_property
     def digest(self) -> str:
@@ -196,6 +202,7 @@ def settings_of(source: Source, *, files: tuple[InputFile, ...], settings: DataS
         "format": source.format or "",  # a source with inputs has one
         "text_field": source.text_field,
         "steps": json.dumps([asdict(step) for step in source.steps]),
+        "step_files": _digest_of(path for step in source.steps for path in files_of(step)),
         "held_out_fraction": settings.held_out_fraction,
         "shard_tokens": settings.shard_tokens,
         "length_buckets": str(list(settings.length_buckets)),
@@ -205,6 +212,16 @@ def settings_of(source: Source, *, files: tuple[InputFile, ...], settings: DataS
         "tokenizer": tokenizer,
         "inputs": f"{len(files)} files, {sum(file.size for file in files)} bytes, {digest}",
     }
+
+
+def _digest_of(paths: Iterable[str]) -> str:
+    """Of the files that steps read: a model, benchmarks. One that is missing is the step's to refuse."""
+    digest = xxhash.xxh3_128()
+    for path in paths:
+        with contextlib.suppress(OSError), Path(path).open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def common_folder(files: Sequence[InputFile]) -> str:

@@ -10,8 +10,8 @@ from data_prep.prepare.receipt import Counts, finished_tasks, read_receipt
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a source is. `done` once its manifest is on disk. `fraction` of its input was read, `resumed` of it before this
-    call; both are of the first stage, which is all there is without deduplication."""
+    """How far a source is. `done` once its manifest is on disk. `fraction` of its input went through all stages that read text,
+    `resumed` of it before this call."""
 
     source: str
     file: str
@@ -75,7 +75,10 @@ def _done_before(job: Job) -> dict[str, Counts]:
 
 
 def _input_bytes(job: Job) -> int:
-    return sum(job.plan.piece_bytes(number) for number in range(len(job.plan.pieces)))
+    """Over all stages that read text."""
+    reading = [stage for stage in job.plan.stages if stage.kind in ("curate", "tokenize")]
+    first = reading[0]
+    return len(reading) * sum(job.plan.input_bytes(first, part) for low, high in first.parts for part in range(low, high))
 
 
 def progress_of(manifest: Manifest, *, resumed: float) -> Progress:

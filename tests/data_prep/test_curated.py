@@ -128,3 +128,24 @@ def test_a_field_that_a_step_cannot_use_is_named_with_its_row(lab):
     lab.rows([{"text": "a question", "answers": ["1", "1"]}, {"text": "another", "answers": "none"}], files=1)
     with pytest.raises(DataError, match=r"0\.jsonl, line 2: .*answers"):
         lab.prepare(steps=({"kind": "difficulty", "min_answers": 1, "max_agreement": 1.0},))
+
+
+def test_another_benchmark_file_is_another_source(lab):
+    lab.rows(planted())
+    items = lab.folder / "bench.json"
+    steps = (
+        {
+            "kind": "decontaminate",
+            "benchmarks": {"quiz": {"inputs": [str(items)], "text_fields": ["question"]}},
+            "noted_overlap": 0.2,
+            "contaminated_overlap": 0.4,
+        },
+    )
+    items.write_text(json.dumps({"question": text(3)}) + "\n")
+    manifest = lab.prepare(steps=steps)
+    assert manifest.statistics.dropped["decontaminate"] == {"contaminated_13gram": 2}  # the document, and its copy
+    assert "quiz" in json.dumps(lab.samples())
+    assert lab.prepare(steps=steps) == manifest
+    items.write_text(json.dumps({"question": text(4)}) + "\n")
+    with pytest.raises(DataError, match="prepared with other settings: step_files: found"):
+        lab.prepare(steps=steps)
