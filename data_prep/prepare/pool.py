@@ -61,6 +61,7 @@ class _Pool:
                 for pipe in wait(list(pipes), timeout=POLL_S):
                     if isinstance(pipe, Connection) and not self._listen(pipe):
                         pipes.discard(pipe)
+                        processes[pipe].join()  # until then the system takes it for alive, and so do its claims
         except BaseException:
             _stop(processes)
             raise

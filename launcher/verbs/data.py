@@ -190,7 +190,8 @@ def import_megatron(config: RunConfig, *, console: Console) -> int:
     manifests = {}
     for name in sources_of(config):
         directory = Path(config.run.data_dir) / name
-        if any(directory.glob("*.idx")) and not (directory / "manifest.json").exists():
+        # A plan says that these shards are ours, and perhaps not all there.
+        if any(directory.glob("*.idx")) and not any((directory / file).exists() for file in ("manifest.json", "plan.json")):
             held_out = [path.stem for path in sorted(directory.glob("*.idx")) if path.stem.startswith(("held_out", "valid"))]
             manifests[name] = import_shards(directory, source=name, tokenizer=tokenizer, held_out=held_out)
     if not manifests:

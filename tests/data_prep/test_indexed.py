@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import DataError
-from data_prep.indexed import HEADER, ShardWriter, map_tokens, naming_full_disk, read_index
+from data_prep.indexed import HEADER, ShardWriter, map_tokens, naming_full_disk, partial, read_index, writer_of
 from data_prep.manifest import TokenizerEntry, accepted_states, import_shards, read_manifest, verify_source, write_manifest
 
 EOD = 7
@@ -147,7 +147,8 @@ def test_ids_that_do_not_fit_are_refused_and_nothing_is_left(tmp_path, document,
 def test_a_shard_appears_at_close(tmp_path):
     writer = ShardWriter(tmp_path / "s", dtype=np.dtype("int32"))
     writer.add_document(ids(1, EOD))
-    assert [path.name for path in tmp_path.iterdir()] == ["s.bin.partial"]
+    assert [path.name for path in tmp_path.iterdir()] == [partial(tmp_path / "s.bin").name]
+    assert writer_of(partial(tmp_path / "s.bin")) == os.getpid() and writer_of(tmp_path / "s.bin") is None
     assert writer.close() == writer.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s.bin", "s.idx"]
 
@@ -257,7 +258,7 @@ def test_no_receipt_of_damaged_or_moving_shards(tmp_path, monkeypatch):
 def test_receipts_that_cannot_be_written_or_read(tmp_path):
     write_ours(tmp_path / "a", documents=random_documents())
     import_shards(tmp_path, source="web", tokenizer=TOKENIZER)
-    (tmp_path / "verified.json.partial").mkdir()  # what a folder where nobody may write does, for root too
+    partial(tmp_path / "verified.json").mkdir()  # what a folder where nobody may write does, for root too
     assert verify_source(tmp_path) == [] and accepted_states(tmp_path) == {}
     for content in ("{", "[]", "{}", "null", '{"manifest": 1, "files": {}}'):
         (tmp_path / "verified.json").write_text(content)

@@ -203,8 +203,10 @@ def test_shards_that_megatron_wrote_are_taken_over(prepared: Workspace) -> None:
     """Shards without a manifest are refused by `data` with the way out, imported, left alone, and trained on."""
     data = prepared.root / "imported"
     shutil.copytree(prepared.root / "data", data)
-    for manifest in data.glob("*/manifest.json"):
-        manifest.unlink()
+    for source in ("prose", "notes"):  # of which Megatron writes nothing
+        for ours in ("manifest.json", "plan.json"):
+            (data / source / ours).unlink()
+        shutil.rmtree(data / source / "receipts")
     words = [f"run.data_dir={data}", f"tokenizer.file={data / 'tokenizer.json'}"]
     imported = prepared.named("imported")
     assert "phidias data action=import" in imported.config("data", *words, code=2)

@@ -62,7 +62,7 @@ def test_a_reset_ends_jobs_and_brings_nodes_back(slurm):
 def test_nothing_is_left_of_a_test_that_was_interrupted(slurm, namespaces):
     with pytest.raises(KeyboardInterrupt), SlurmLab(nodes=2, namespaces=namespaces) as lab:
         lab.wait(lab.submit(["sbatch", "--wrap=trap '' TERM; sleep 100"]), "RUNNING")
-        assert len(list(lab.processes())) >= 6
+        lab.until(lambda: len(list(lab.processes())) >= 6, what="the processes of the job")
         raise KeyboardInterrupt
     assert not list(lab.processes()) and not lab.folder.exists()
     assert list(slurm.processes())  # the other cluster is untouched
