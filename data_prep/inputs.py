@@ -3,6 +3,8 @@
 import contextlib
 import glob
 import io
+import itertools
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -67,16 +69,65 @@ def _check_extension(path: str, *, format: str | None) -> None:
 def _glob(pattern: str) -> dict[str, InputFile]:
     """Identity -> file. fsspec's local glob neither follows links to folders nor counts links as files, so that linked data
     would go missing: the standard library's does both, and a file that is linked twice keeps one identity."""
-    system, name = fsspec.core.url_to_fs(pattern)
-    if "file" not in (system.protocol if isinstance(system.protocol, tuple) else (system.protocol,)):
-        infos = system.glob(name, detail=True).values()
+    if "://" in pattern:
+        system, name = file_system(pattern)
+        try:
+            infos = system.glob(name, detail=True).values()
+        except Exception as error:  # every store raises its own
+            raise DataError(f"cannot list input {pattern}: {error}; look at the store and its credentials") from error
         return {info["name"]: _remote_file(system, info) for info in infos if info["type"] == "file"}
-    names = [name] if Path(name).is_file() else glob.glob(name, recursive=True)  # noqa: PTH207 (Path.glob leaves linked folders out)
+    pattern = str(Path(pattern).expanduser())
+    _refuse_hidden(pattern)
+    names = [pattern] if Path(pattern).is_file() else glob.glob(pattern, recursive=True)  # noqa: PTH207 (Path.glob leaves linked folders out)
     files: dict[str, InputFile] = {}
     for path in map(Path, sorted(names)):
         if not path.is_dir():
-            files.setdefault(str(path.resolve()), _local_file(path))
+            files.setdefault(str(path.resolve()), _local_file(path.absolute()))
     return files
+
+
+def _refuse_hidden(pattern: str) -> None:
+    """A folder that cannot be listed would be passed over by glob, with all that is in it."""
+    folders = itertools.takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts)
+    base = Path(*folders)
+    depth = None if "**" in pattern else len(Path(pattern).parts) - len(base.parts)
+
+    def refuse(error: OSError) -> None:
+        what = f"cannot list {error.filename}, of input {pattern}: {error.strerror}"
+        raise DataError(f"{what}; what is in it would be left out in silence; mend its rights, or narrow the glob")
+
+    if base.is_dir() and glob.has_magic(pattern):
+        for folder, below, _ in os.walk(base, onerror=refuse):
+            if depth is not None and len(Path(folder).parts) - len(base.parts) >= depth - 1:
+                below.clear()  # deeper than the glob looks
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """fsspec's file system of a URL, and the path in it. DataError: it knows none, or a package is missing."""
+    try:
+        system, path = fsspec.core.url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        raise DataError(f"{url}: {error}; s3:// needs `pip install 's3fs'`, gs:// `gcsfs`") from error
+    return system, path
+
+
+def refuse_changed(file: InputFile) -> None:
+    """DataError: an input is not the file that the plan was made of."""
+    try:
+        if "://" in file.path:
+            system, name = file_system(file.path)
+            system.invalidate_cache()
+            now = _remote_file(system, system.info(name))
+        else:
+            now = _local_file(Path(file.path).resolve(strict=True))
+        said = f"it is {now.size:,} bytes of version {now.version}"
+    except FileNotFoundError:
+        now, said = None, "it is gone"
+    if now is None or (now.size, now.version) != (file.size, file.version):
+        raise DataError(
+            f"input {file.path} changed since it was planned: it was {file.size:,} bytes of version {file.version}, {said}; "
+            "inputs stay as they are until their source is whole; restore it, or remove the source's folder and begin again"
+        )
 
 
 def _local_file(path: Path) -> InputFile:
@@ -95,8 +146,8 @@ def _remote_file(system: Any, info: dict[str, Any]) -> InputFile:
 @contextlib.contextmanager
 def open_input(path: str) -> Iterator[Any]:
     """The decompressed bytes of a file, as a binary stream."""
-    system, name = fsspec.core.url_to_fs(path)
-    with system.open(name, "rb") as raw:
+    system, name = file_system(path) if "://" in path else (None, path)
+    with system.open(name, "rb") if system else Path(name).open("rb") as raw:
         if path.endswith(".gz"):
             yield io.BufferedReader(igzip.IGzipFile(fileobj=raw, mode="rb"), 1 << 20)  # type: ignore[no-untyped-call]
         elif path.endswith((".zst", ".zstd")):

@@ -11,7 +11,7 @@ from data_prep.errors import DataError
 from data_prep.inputs import open_input
 from data_prep.readers import Job, Malformed, Rows, Where, naming_damage, too_long
 
-PARQUET_ROWS = 64
+PARQUET_ROWS, BATCH_BYTES = 64, 8 << 20
 
 
 def read_parquet(job: Job) -> Iterator[Rows]:
@@ -21,7 +21,7 @@ def read_parquet(job: Job) -> Iterator[Rows]:
         _check_column(job.path, schema=parquet.schema_arrow, field=job.field)
         columns = [job.field, *(name for name in job.fields or () if name != job.field and name in parquet.schema_arrow.names)]
         job.counts.rows += parquet.metadata.num_rows
-        for batch in parquet.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
+        for batch in parquet.iter_batches(batch_size=_rows_at_once(parquet), columns=columns):
             raws = list(zip(*(batch.column(name) for name in columns), strict=True))
             yield job.collect(raws, first=number + 1, unit="row", parse=functools.partial(_parquet_row, job, columns))
             number += len(raws)
@@ -30,6 +30,9 @@ def read_parquet(job: Job) -> Iterator[Rows]:
 
 
 def _parquet_row(job: Job, columns: Sequence[str], values: Sequence[Any]) -> tuple[str, dict[str, Any]]:
+    buffer = values[0].as_buffer() if hasattr(values[0], "as_buffer") else None
+    if buffer is not None and buffer.size > job.max_bytes:
+        raise too_long(buffer.size, max_bytes=job.max_bytes)
     try:
         text, *others = (value.as_py() for value in values)
     except UnicodeDecodeError as error:
@@ -39,6 +42,13 @@ def _parquet_row(job: Job, columns: Sequence[str], values: Sequence[Any]) -> tup
     if len(text) > job.max_bytes:
         raise too_long(len(text), max_bytes=job.max_bytes)
     return str(text), dict(zip(columns[1:], others, strict=True))
+
+
+def _rows_at_once(parquet: pq.ParquetFile) -> int:
+    """So that a batch stays small where rows are large, by what the footer says of them."""
+    groups = [parquet.metadata.row_group(number) for number in range(parquet.metadata.num_row_groups)]
+    largest = max((group.total_byte_size / max(1, group.num_rows) for group in groups), default=1.0)
+    return max(1, min(PARQUET_ROWS, int(BATCH_BYTES / max(1.0, largest))))
 
 
 def _check_column(path: str, *, schema: pa.Schema, field: str) -> None:

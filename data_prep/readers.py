@@ -23,6 +23,7 @@ __all__ = ["InputFile", "Piece", "Place", "Rejects", "RowCount", "Rows", "Where"
 BOM = b"\xef\xbb\xbf"
 READ_BYTES = 1 << 20
 MAX_ROW_BYTES = 1 << 25
+COUNTED_BYTES = 1 << 30
 
 
 class Where(NamedTuple):
@@ -53,7 +54,14 @@ class Place(NamedTuple):
 
     @property
     def where(self) -> Where:
-        return Where(self.piece.file.path, self.unit, self.number + _lines_before(self.piece))
+        """Deep in a large file, lines are counted from the beginning of the piece: counting all would read it once more."""
+        start = self.piece.start
+        if start > COUNTED_BYTES:
+            return Where(f"{self.piece.file.path} after byte {start:,}", self.unit, self.number)
+        try:
+            return Where(self.piece.file.path, self.unit, self.number + _lines_before(self.piece))
+        except OSError:  # it is asked for where reading failed
+            return Where(f"{self.piece.file.path} after byte {start:,}", self.unit, self.number)
 
     def __str__(self) -> str:
         return str(self.where)
@@ -328,9 +336,15 @@ def naming_damage(where: Callable[[], Where], *, also: tuple[type[Exception], ..
     try:
         yield
     except (*DAMAGE, *also) as error:
+        place = where()
+        if isinstance(error, OSError) and error.errno:
+            raise DataError(
+                f"cannot read {place.file} after {place}: {error.strerror or error}; restore the file, its rights or the "
+                "connection, and start again: what is done stays done"
+            ) from error
         raise DataError(
-            f"{where()} is the last that could be read: the file is truncated or damaged ({error}); "
-            "what follows would be lost, so nothing of it is used; fetch the file again"
+            f"{place} is the last that could be read: the file is truncated or damaged ({error}), or its name ends in another "
+            "compression than it has; what follows would be lost, so nothing of it is used; fetch the file again"
         ) from error
 
 

@@ -6,7 +6,7 @@
 # Elements may start late, end early or be killed: what has no receipt is taken by another, or by the next submission of the same
 # line. `phidias data engine=slurm ...` submits it with the size that the config says.
 #
-# Exit codes are phidias's: 0 whole, 2 refused or a source failed, 13 a full disk, 130 stopped. Options of sbatch before the script
+# Exit codes are phidias's: 0 whole, 2 refused or a source failed, 130 stopped. Options of sbatch before the script
 # win over those here (--partition, --time, --mem, --output).
 #SBATCH --job-name=phidias-data
 #SBATCH --ntasks=1

@@ -24,7 +24,7 @@ from data_prep.curate.gram_index import GramIndex, distinct
 from data_prep.curate.ngrams import Hashes, Numbers, Words, blocks, hash_ngrams, hash_run, hash_words, normal_form
 from data_prep.curate.spec import BenchmarkSpec, DecontaminateSpec
 from data_prep.errors import DataError
-from data_prep.readers import find_inputs
+from data_prep.inputs import InputFile, find_inputs
 from data_prep.spec import Source
 
 LONG, SHORT = 13, 7  # words
@@ -139,12 +139,18 @@ def read_common_grams(path: Path) -> Hashes:
     return grams
 
 
+def benchmark_files(name: str, benchmark: BenchmarkSpec) -> tuple[InputFile, ...]:
+    """DataError: a glob without a match."""
+    return find_inputs(Source(inputs=benchmark.inputs, format="jsonl"), name=f"benchmark {name}")
+
+
 def read_items(name: str, benchmark: BenchmarkSpec) -> list[Item]:
     """The items of a benchmark in order of file and line; texts inside lists and objects count, in order.
 
     DataError: a glob without a match, a row that is no object or lacks a field, no item with a word."""
-    files = find_inputs(Source(inputs=benchmark.inputs, format="jsonl"), name=f"benchmark {name}")
-    items = [item for file in files for item in _rows(file.path, name=name, fields=benchmark.text_fields)]
+    items = [
+        item for file in benchmark_files(name, benchmark) for item in _rows(file.path, name=name, fields=benchmark.text_fields)
+    ]
     if not any(len(hash_words([item.text]).hashes) for item in items):
         raise DataError(
             f"benchmark '{name}' has {len(items)} items and no words; set its text_fields to those with the question"

@@ -52,16 +52,23 @@ def _from_all(job: Job, stage: Stage, *, number: int, find: Callable[[list[Path]
 def counts_of(job: Job, stage: Stage) -> Iterator[int]:
     """The documents that each task of a stage of curation kept."""
     for task in range(len(stage.parts)):
-        receipt = read_receipt(job.place, task=stage.task(task))
+        receipt = read_receipt(job.place, task=stage.task(task), plan=job.plan.digest)
         if receipt is None:
             raise DataError(f"{job.place.path(stage.task(task))} has lost its receipt; run `phidias data` again")
         yield receipt.counts.documents
 
 
+def _starts(job: Job, stage: Stage) -> NDArray[np.int64]:
+    """The number of the first document of each task of a stage that is over, and of one more: read once a process."""
+    if stage.name not in job.starts:
+        job.starts[stage.name] = np.cumsum([0, *counts_of(job, stage)])
+    return job.starts[stage.name]
+
+
 def dropped_rows(job: Job, stage: Stage, *, number: int) -> dict[int, frozenset[int]]:
     """By task of curation that a task reads: the rows, from 1, that were found to be copies."""
     curate = job.plan.stage(str(stage.takes_from))
-    starts = np.cumsum([0, *counts_of(job, curate)])
+    starts = _starts(job, curate)
     with job.place.local(f"{curate.name.replace('curate', 'clusters')}/00000.npy") as path:
         dropped = np.load(path, mmap_mode="r")
         rows = {}

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import xxhash
 from numpy.typing import NDArray
 
 from data_prep.curate.document import Document, Step
 from data_prep.errors import DataError
 from data_prep.indexed import naming_full_disk
-from data_prep.prepare.job import CLEAN, ID_FIELD, Job, documents_of
+from data_prep.prepare.job import CLEAN, Job, clean_row, cleaned_documents, documents_of
 from data_prep.prepare.plan import Stage
 from data_prep.prepare.receipt import Counts
 from data_prep.readers import Place, Rejects, Rows
@@ -31,7 +32,8 @@ class Documents:
         self._job, self._stage, self._number = job, stage, number
         self.counts = Counts()
         name = stage.task(number)
-        self._rejects = Rejects(room / REJECTS / f"{name}.jsonl", tolerance=job.settings.max_rejected_rows)
+        tolerance = 0 if stage.takes_from else job.settings.max_rejected_rows  # what we wrote ourselves is well formed
+        self._rejects = Rejects(room / REJECTS / f"{name}.jsonl", tolerance=tolerance)
         self._samples = room / DROPPED / f"{name}.jsonl"
         for path in (self._rejects.path, self._samples):
             path.unlink(missing_ok=True)  # of an attempt that did not end
@@ -52,24 +54,33 @@ class Documents:
                 rows = rows.only(kept)
             if self._job.wants_fields:
                 rows = self._filter(rows)
+            self._tick()
             if rows.texts:
                 yield rows
 
+    def _tick(self) -> None:
+        self._job.tick(self._stage, number=self._number, counts=self.counts)
+
     def _copies_before(self) -> dict[int, frozenset[int]]:
+        """By task of the stage before: the rows that it found to be copies; none where it compared nothing."""
+        before = str(self._stage.takes_from).replace("curate", "clusters")
+        if all(stage.name != before for stage in self._job.plan.stages):
+            return {}
         from data_prep.prepare.dedup import dropped_rows  # it stands on this module
 
         return dropped_rows(self._job, self._stage, number=self._number)
 
     def _filter(self, rows: Rows) -> Rows:
         """The rows that every step keeps; a step may have changed their texts."""
-        id_field = ID_FIELD if self._stage.takes_from else self._job.source.id_field
-        documents = self._without_copies(list(documents_of(rows, id_field=id_field)), places=rows.places)
+        id_field, is_clean = self._job.source.id_field, self._stage.takes_from is not None
+        found = list(cleaned_documents(rows) if is_clean else documents_of(rows, id_field=id_field))
+        documents = self._without_copies(found, places=rows.places)
         for steps in self._runs:
             documents = list(self._judge(steps, documents, places=rows.places))
         kept = [pair for pair in documents if pair[1].text or self._drop(pair[1], "text", "nothing_left")]
         for index, document in kept:
             rows.texts[index] = document.text
-            rows.fields[index][ID_FIELD] = document.id
+            rows.fields[index] = clean_row(document)
             self._look(document)
         return rows.only([index for index, _ in kept])
 
@@ -136,8 +147,11 @@ def _first_reason(steps: Sequence[Step], document: Document, *, place: Place) ->
 
 
 def encode_row(row: dict[str, Any]) -> bytes:
-    """A line of jsonl. What a step left in the metadata is written as JSON writes it, or as its text."""
-    return json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "replace") + b"\n"
+    """A line of jsonl. What JSON has no word for becomes null (NaN), or its text (a date, a whole number of over 64 bits)."""
+    try:
+        return orjson.dumps(row, default=str, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS)
+    except TypeError:
+        return json.dumps(row, default=str).encode() + b"\n"
 
 
 def task_of(place: Place) -> int:
@@ -167,16 +181,18 @@ def batches(documents: Documents, *, shuffle_characters: int, key: str) -> Itera
 
 
 def _buffers(documents: Documents, *, characters: int) -> Iterator[tuple[list[str], list[Place]]]:
+    """Cut at the document that fills one: how much a file system gives at a time must not show in the shards."""
     texts: list[str] = []
     places: list[Place] = []
     size = 0
     for rows in documents:
-        texts += rows.texts
-        places += rows.places
-        size += sum(map(len, rows.texts))
-        if size >= characters:
-            yield texts, places
-            texts, places, size = [], [], 0
+        for text, place in zip(rows.texts, rows.places, strict=True):
+            texts.append(text)
+            places.append(place)
+            size += len(text)
+            if size >= characters:
+                yield texts, places
+                texts, places, size = [], [], 0
     if texts:
         yield texts, places
 

@@ -15,7 +15,8 @@ from data_prep.errors import DataError
 from data_prep.prepare.finish import MANIFEST
 from data_prep.prepare.job import Job
 from data_prep.prepare.open import Order, reopen_job
-from data_prep.prepare.workers import FAILED, work
+from data_prep.prepare.place import FAILED
+from data_prep.prepare.workers import work
 
 
 class Work(PipelineStep):  # type: ignore[misc]

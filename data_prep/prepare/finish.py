@@ -6,21 +6,29 @@ from data_prep.errors import DataError
 from data_prep.manifest import FORMAT_VERSION, Manifest, Statistics, dtype_for, encode_manifest, split_of
 from data_prep.prepare.documents import REJECTS
 from data_prep.prepare.job import Job
-from data_prep.prepare.place import CLAIMS, Place
+from data_prep.prepare.place import CLAIMS, FAILED, Place
 from data_prep.prepare.plan import Plan
-from data_prep.prepare.receipt import Counts, Receipt, merged, read_receipt
+from data_prep.prepare.receipt import FOLDER, Counts, Receipt, merged, read_receipt
 from data_prep.tokenizers import tokenizer_entry
 
 MANIFEST, ALL_REJECTS = "manifest.json", "rejects.jsonl"
 
 
-def finish(job: Job) -> Manifest:
-    """Writes the manifest. DataError: a receipt is missing, a row is neither in nor out, too many rejects, no documents."""
+def finish(job: Job) -> None:
+    """Writes the manifest; or forgets the receipts that are of another plan, so that their tasks are done again.
+
+    DataError: a row is neither in nor out, too many rejects, no documents."""
     by_stage = {stage.name: _receipts(job, tasks=[stage.task(n) for n in range(len(stage.parts))]) for stage in job.plan.stages}
+    if None in by_stage.values():
+        return
+    _write_manifest(job, by_stage={name: receipts for name, receipts in by_stage.items() if receipts})
+
+
+def _write_manifest(job: Job, *, by_stage: dict[str, list[Receipt]]) -> None:
     everything = [receipt for receipts in by_stage.values() for receipt in receipts]
     counts, final = merged(everything), by_stage["tokenize"]
     first, last = merged(next(iter(by_stage.values()))), merged(final)
-    counts.rows, counts.blank_lines, counts.documents = first.rows, first.blank_lines, last.documents
+    counts.rows, counts.blank_lines, counts.documents, counts.found = first.rows, first.blank_lines, last.documents, last.found
     _check_complete(job, counts=counts)
     rejects = b"".join(
         job.place.read(file) or b""
@@ -32,24 +40,21 @@ def finish(job: Job) -> Manifest:
     _refuse_unusable(job, manifest=manifest, counts=counts)
     job.place.write(MANIFEST, encode_manifest(manifest))
     tidy(job.place, plan=job.plan)
-    return manifest
 
 
 def tidy(place: Place, *, plan: Plan) -> None:
     """Removes what was only needed on the way; what a process that was killed left of it, when the source is opened again."""
-    for folder in (CLAIMS, REJECTS, *(stage.name for stage in plan.stages)):
+    for folder in (CLAIMS, FAILED, REJECTS, *(stage.name for stage in plan.stages)):
         place.remove(folder)
 
 
-def _receipts(job: Job, *, tasks: list[str]) -> list[Receipt]:
-    found = [read_receipt(job.place, task=task) for task in tasks]
-    missing = [task for task, receipt in zip(tasks, found, strict=True) if receipt is None]
-    if missing:
-        raise DataError(
-            f"{job.place.path('receipts')} has no readable receipt of {', '.join(missing[:3])}; a source is whole when every "
-            "task has one; run `phidias data` again"
-        )
-    return [receipt for receipt in found if receipt]
+def _receipts(job: Job, *, tasks: list[str]) -> list[Receipt] | None:
+    found = {task: read_receipt(job.place, task=task, plan=job.plan.digest) for task in tasks}
+    for task, receipt in found.items():
+        if receipt is None:
+            job.place.remove(f"{FOLDER}/{task}.json")
+    receipts = [receipt for receipt in found.values() if receipt]
+    return receipts if len(receipts) == len(tasks) else None
 
 
 def _check_complete(job: Job, *, counts: Counts) -> None:
@@ -104,5 +109,5 @@ def _refuse_unusable(job: Job, *, manifest: Manifest, counts: Counts) -> None:
         raise DataError(
             f"source '{job.name}' has no document to train on: {counts.rows:,} rows, {counts.empty_documents:,} empty, "
             f"{counts.rejected_rows:,} rejected, {counts.num_dropped:,} dropped, {manifest.held_out.documents:,} held out; "
-            "correct its inputs or steps, or lower data.held_out_fraction"
+            "correct its inputs or steps, or remove its folder and lower data.held_out_fraction"
         )

@@ -1,5 +1,6 @@
 """The keys that a stage of curation leaves, by which the documents of a source are compared."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,10 @@ class KeyWriter:
 def save_array(path: Path, array: NDArray[Any]) -> None:
     """A .npy that takes its name when it is whole."""
     try:
+        content = io.BytesIO()
+        np.save(content, array)
         with naming_full_disk(path), partial(path).open("wb") as file:
-            np.save(file, array)
+            file.write(content.getbuffer())  # np.save does not say that a disk is full
         partial(path).replace(path)
     finally:
         partial(path).unlink(missing_ok=True)

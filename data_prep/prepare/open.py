@@ -9,10 +9,9 @@ from data_prep.inputs import InputFile, find_inputs
 from data_prep.manifest import Manifest, damaged_shards, imported_manifest, read_manifest
 from data_prep.prepare.finish import MANIFEST, tidy
 from data_prep.prepare.job import Job, shared_tokenizer
-from data_prep.prepare.place import LocalPlace, Place, open_place
+from data_prep.prepare.place import FAILED, STALE_S, LocalPlace, Place, open_place
 from data_prep.prepare.plan import FILE, Plan, Settings, changed_inputs, decode_plan, differences, plan_source, settings_of
 from data_prep.prepare.receipt import FOLDER, finished_tasks, is_valid, read_receipt
-from data_prep.prepare.workers import FAILED
 from data_prep.spec import DataSettings, Source, TokenizerSpec
 from data_prep.storage import open_folder
 
@@ -109,12 +108,17 @@ def _goes_on(plan: Plan, *, place: Place, wanted: Settings, files: Sequence[Inpu
     differing = differences(plan.settings, wanted)
     if not differing:
         return True
-    done = len(finished_tasks(place))
+    done, what = len(finished_tasks(place)), f"{'; '.join(differing)}{changed_inputs(plan.files, files)}"
+    where = place.path("").rstrip("/")
     if done:
         raise DataError(
-            f"source '{place.name}' was begun with other settings, and {done:,} of its tasks are done: {'; '.join(differing)}"
-            f"{changed_inputs(plan.files, files)}; what two settings made is never mixed; go back to those, or remove "
-            f"{place.path('').rstrip('/')}"
+            f"source '{place.name}' was begun with other settings, and {done:,} of its tasks are done: {what}; "
+            f"what two settings made is never mixed; go back to those, or remove {where}"
+        )
+    if place.is_claimed():
+        raise DataError(
+            f"source '{place.name}' is being prepared with other settings by another process: {what}; stop that one first, "
+            f"or wait for its end; claims of a dead machine in {where}/claims end after {STALE_S:.0f} s"
         )
     return False
 

@@ -22,7 +22,7 @@ from data_prep.indexed import naming_full_disk, partial, sync_directory, writer_
 HEARTBEAT_S = 10.0
 STALE_S = 90.0  # a claim that nobody renewed for so long belongs to a dead machine
 ABANDONED_S = 3600.0  # the same for half-written files of another machine
-CLAIMS = "claims"
+CLAIMS, FAILED = "claims", "failed"
 
 
 class Place(Protocol):
@@ -42,6 +42,9 @@ class Place(Protocol):
     def sizes(self, folder: str = "") -> dict[str, int]:
         """Bytes of each file in a folder, not of those in folders below; empty where it is not there."""
 
+    def names(self, folder: str) -> set[str]:
+        """The files of a folder, quicker than with their sizes."""
+
     def remove(self, file: str) -> None:
         """A file of ours, or a folder with all that is in it, where it is there."""
 
@@ -53,6 +56,9 @@ class Place(Protocol):
 
     def local(self, file: str) -> contextlib.AbstractContextManager[Path]:
         """A file of the source on this machine, while it is needed."""
+
+    def is_claimed(self) -> bool:
+        """Whether a live process works on any task."""
 
     def claim(self, task: str) -> contextlib.AbstractContextManager[object] | None:
         """The right to work on a task; None while another live process has it."""
@@ -106,6 +112,12 @@ class LocalPlace:
         except (FileNotFoundError, NotADirectoryError):
             return {}
 
+    def names(self, folder: str) -> set[str]:
+        try:
+            return {path.name for path in (self.directory / folder).iterdir()}
+        except (FileNotFoundError, NotADirectoryError):
+            return set()
+
     def remove(self, file: str) -> None:
         path = self.directory / file
         if path.is_dir():
@@ -125,23 +137,25 @@ class LocalPlace:
     def local(self, file: str) -> Iterator[Path]:
         yield self.directory / file
 
+    def is_claimed(self) -> bool:
+        claims = self.directory / CLAIMS
+        return any(not is_stale(claims / name) for name in self.names(CLAIMS) if not name.startswith("."))
+
     def claim(self, task: str) -> "Claim | None":
         path = self.directory / CLAIMS / task
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with naming_full_disk(self.directory):
+            path.parent.mkdir(parents=True, exist_ok=True)
         for _ in range(2):
             try:
-                descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+                with naming_full_disk(path):
+                    _create(path, content=owner())
+                return Claim(path)
             except FileNotFoundError:  # somebody ended the source and removed all claims
                 return None
             except FileExistsError:
-                pass
-            else:
-                with os.fdopen(descriptor, "w") as file:
-                    file.write(owner())
-                return Claim(path)
-            if not is_stale(path):
-                return None
-            path.unlink(missing_ok=True)
+                if not is_stale(path):
+                    return None
+                path.unlink(missing_ok=True)
         return None
 
     def sweep(self) -> None:
@@ -172,6 +186,17 @@ class Claim:
         self._done.set()
         if self._path:
             self._path.unlink(missing_ok=True)
+
+
+def _create(path: Path, *, content: str) -> None:
+    """FileExistsError: it is there. Nothing is left where the disk is full: an empty claim would be waited for."""
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(content)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def owner() -> str:

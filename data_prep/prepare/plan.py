@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, astuple, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,8 +19,9 @@ import xxhash
 
 from data_prep.curate.files import files_of
 from data_prep.errors import DataError
-from data_prep.inputs import InputFile
+from data_prep.inputs import InputFile, open_input
 from data_prep.prepare.keys import groups_of, is_dedup
+from data_prep.prepare.place import Place
 from data_prep.readers import Piece, can_be_cut
 from data_prep.spec import DataSettings, Source
 
@@ -82,6 +82,12 @@ class Plan:
         """What receipts name the plan by. Paths are in it only as the settings have them: a folder may move."""
         rest = [self.settings, self.pieces, [asdict(stage) for stage in self.stages]]
         return xxhash.xxh3_128_hexdigest(json.dumps(rest).encode())
+
+    @staticmethod
+    def read_digest(place: Place) -> str | None:
+        """Of the plan that is there now."""
+        data = place.read(FILE)
+        return decode_plan(data, path=place.path(FILE)).digest if data is not None else None
 
     def encode(self) -> bytes:
         fields = {
@@ -156,10 +162,9 @@ def _keyed_order(
 ) -> list[int]:
     """A permutation that depends on the seed and on each piece's place below the common folder."""
     folder = common_folder(files)
-    keys = [
-        xxhash.xxh3_128_intdigest(f"{seed}\0{name}\0{files[file].path.removeprefix(folder)}\0{start}".encode())
-        for file, start, _ in pieces
-    ]
+    names = [files[file].path.removeprefix(folder) for file, _, _ in pieces]
+    texts = [f"{seed}\0{name}\0{path}\0{start}" for path, (_, start, _) in zip(names, pieces, strict=True)]
+    keys = [xxhash.xxh3_128_intdigest(text.encode("utf-8", "surrogateescape")) for text in texts]  # names need not be UTF-8
     return sorted(range(len(pieces)), key=keys.__getitem__)
 
 
@@ -178,8 +183,16 @@ def _stages(source: Source, *, tokens: Any, shard_tokens: int) -> list[Stage]:
         stages += [curate, pairs, clusters]
         sums = np.array([tokens[low:high].sum() for low, high in parts])
         first, previous, parts, tokens = last, curate.name, [(task, task + 1) for task in range(len(parts))], sums
+    steps = len(source.steps)
+    if (
+        first < steps and tokens.sum() > CURATED_TOKENS
+    ):  # or a task of a whole shard would take hours, and begin anew when killed
+        number = len(cuts) + 1
+        stages.append(Stage(f"curate_{number}", "curate", tuple(parts), previous, first, steps))
+        tokens = np.array([tokens[low:high].sum() for low, high in parts])
+        first, previous = steps, f"curate_{number}"
     final = deal(tokens, limit=shard_tokens)
-    return [*stages, Stage("tokenize", "tokenize", tuple(final), previous, first, len(source.steps))]
+    return [*stages, Stage("tokenize", "tokenize", tuple(final), previous, first, steps)]
 
 
 def deal(tokens: Any, *, limit: float) -> list[tuple[int, int]]:
@@ -218,7 +231,7 @@ def _digest_of(paths: Iterable[str]) -> str:
     """Of the files that steps read: a model, benchmarks. One that is missing is the step's to refuse."""
     digest = xxhash.xxh3_128()
     for path in paths:
-        with contextlib.suppress(OSError), Path(path).open("rb") as file:
+        with contextlib.suppress(OSError), open_input(path) as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()

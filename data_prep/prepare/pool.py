@@ -82,7 +82,7 @@ class _Pool:
         """Takes one message; False where there will be no more."""
         try:
             message = pipe.recv()
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):  # it ended, perhaps in the middle of a message
             return False
         if isinstance(message, Tick):
             self._board.tick(message)
@@ -99,12 +99,10 @@ class _Pool:
         died = [code for code in exits if code]
         if not died:
             return {}
-        how = f"signal {signal.Signals(-died[0]).name}" if died[0] and died[0] < 0 else f"exit code {died[0]}, see above"
+        killed = died[0] == -signal.SIGKILL
+        how = "was killed, often for memory; lower data.num_workers" if killed else f"ended ({died[0]}), see above;"
         return {
-            name: DataError(
-                f"source '{name}' is unfinished: a worker process was killed ({how}), often for memory; "
-                "nothing finished is lost; lower data.num_workers and start again"
-            )
+            name: DataError(f"source '{name}' is unfinished: a worker process {how} and start again; nothing finished is lost")
             for name, job in self._jobs.items()
             if name not in self._errors and job.place.read(MANIFEST) is None
         }
@@ -145,7 +143,11 @@ def _work(pipe: Connection, order: Order, names: list[str]) -> None:
         signal.signal(kind, lambda *_: stop.set())
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
-        jobs = [reopen_job(order, name) for name in names]
+        try:
+            jobs = [reopen_job(order, name) for name in names]
+        except DataError as error:
+            pipe.send(dict.fromkeys(names, error))
+            return
         for job in jobs:
             job.on_tick, job.stop = pipe.send, stop
         pipe.send(work(jobs, token=order.token, on_over=pipe.send, stop=stop))

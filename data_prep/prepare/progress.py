@@ -14,7 +14,7 @@ class Progress:
     `resumed` of it before this call."""
 
     source: str
-    file: str
+    task: str
     documents: int
     tokens: int
     text_bytes: int
@@ -40,21 +40,21 @@ class Board:
     def tick(self, tick: Tick) -> None:
         self._tasks[tick.source][tick.task] = tick.counts
         if self._on_progress:
-            self._on_progress(self._progress(tick.source, file=tick.file))
+            self._on_progress(self._progress(tick.source, task=tick.task))
 
     def finish(self, manifest: Manifest) -> None:
         if self._on_progress:
             self._on_progress(progress_of(manifest, resumed=self._resumed.get(manifest.source, 1.0)))
 
-    def _progress(self, name: str, *, file: str) -> Progress:
+    def _progress(self, name: str, *, task: str) -> Progress:
         final, everything = Counts(), Counts()
-        for task, counts in self._tasks[name].items():
+        for number, counts in self._tasks[name].items():
             everything.add(counts)
-            if task.startswith("tokenize"):
+            if number.startswith("tokenize"):
                 final.add(counts)
         return Progress(
             source=name,
-            file=file,
+            task=task,
             documents=final.documents,
             tokens=final.tokens,
             text_bytes=final.text_bytes,
@@ -85,7 +85,7 @@ def progress_of(manifest: Manifest, *, resumed: float) -> Progress:
     """Of a source that is whole."""
     return Progress(
         source=manifest.source,
-        file="",
+        task="",
         documents=manifest.train.documents + manifest.held_out.documents,
         tokens=manifest.train.tokens + manifest.held_out.tokens,
         text_bytes=manifest.text_bytes,

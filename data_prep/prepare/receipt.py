@@ -73,18 +73,24 @@ def write_receipt(place: Place, *, receipt: Receipt) -> None:
     place.write(f"{FOLDER}/{receipt.task}.json", json.dumps(asdict(receipt), indent=1).encode())
 
 
-def read_receipt(place: Place, *, task: str) -> Receipt | None:
-    """None where there is none, or what is there is none."""
+def read_receipt(place: Place, *, task: str, plan: str | None = None) -> Receipt | None:
+    """None where there is none, what is there is none, or it is of another plan than `plan`."""
     data = place.read(f"{FOLDER}/{task}.json")
     try:
-        return TypeAdapter(Receipt).validate_python(json.loads(data)) if data else None
+        receipt = _adapter().validate_python(json.loads(data)) if data else None
     except (ValueError, ValidationError):
         return None
+    return receipt if receipt and plan in (None, receipt.plan) else None
+
+
+@functools.cache
+def _adapter() -> TypeAdapter[Receipt]:
+    return TypeAdapter(Receipt)
 
 
 def finished_tasks(place: Place) -> set[str]:
     """The tasks that have a receipt."""
-    return {name.removesuffix(".json") for name in place.sizes(FOLDER) if name.endswith(".json")}
+    return {name.removesuffix(".json") for name in place.names(FOLDER) if name.endswith(".json")}
 
 
 def is_valid(receipt: Receipt | None, *, plan: str, sizes: dict[str, int]) -> bool:

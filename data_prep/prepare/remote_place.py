@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-import fsspec
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 
 from data_prep.errors import DataError
+from data_prep.inputs import file_system
 from data_prep.prepare.place import CLAIMS, STALE_S
 
 RENEW_S = 30.0
@@ -32,7 +34,7 @@ class RemotePlace:
 
     def __init__(self, url: str, *, name: str):
         self.name, self.url = name, url
-        self._system, self._root = fsspec.core.url_to_fs(url)
+        self._system, self._root = file_system(url)
 
     def path(self, file: str) -> str:
         return f"{self.url}/{file}"
@@ -48,7 +50,11 @@ class RemotePlace:
         return self._retried("read", file, ask)
 
     def write(self, file: str, data: bytes) -> None:
-        self._retried("write", file, lambda: self._system.pipe_file(self._at(file), data))
+        def ask() -> None:
+            self._make_parent(file)
+            self._system.pipe_file(self._at(file), data)
+
+        self._retried("write", file, ask)
 
     def sizes(self, folder: str = "") -> dict[str, int]:
         def ask() -> dict[str, int]:
@@ -60,6 +66,13 @@ class RemotePlace:
             return {info["name"].rpartition("/")[2]: int(info["size"] or 0) for info in infos if info["type"] == "file"}
 
         return self._retried("list", folder, ask)
+
+    def names(self, folder: str) -> set[str]:
+        return set(self.sizes(folder))
+
+    def is_claimed(self) -> bool:
+        claims = [self._claim(f"{CLAIMS}/{name}") for name in self.names(CLAIMS)]
+        return any(claim and time.time() - claim["at"] < STALE_S for claim in claims)
 
     def remove(self, file: str) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -76,9 +89,13 @@ class RemotePlace:
             self._retried("write", file, functools.partial(self._put, room / file, file))
 
     def _put(self, path: Path, file: str) -> None:
-        with contextlib.suppress(NotImplementedError):
-            self._system.makedirs(self._system._parent(self._at(file)), exist_ok=True)
+        self._make_parent(file)
         self._system.put_file(str(path), self._at(file))
+
+    def _make_parent(self, file: str) -> None:
+        """Where the store has folders; it makes buckets nowhere."""
+        if isinstance(self._system, LocalFileSystem | MemoryFileSystem):
+            self._system.makedirs(self._system._parent(self._at(file)), exist_ok=True)
 
     @contextlib.contextmanager
     def local(self, file: str) -> Iterator[Path]:

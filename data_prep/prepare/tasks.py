@@ -14,8 +14,8 @@ from data_prep.indexed import naming_full_disk, partial
 from data_prep.manifest import dtype_for
 from data_prep.prepare.documents import Documents, batches, encode_row
 from data_prep.prepare.job import CLEAN, Job
-from data_prep.prepare.keys import KeyWriter
-from data_prep.prepare.plan import Stage
+from data_prep.prepare.keys import KeyWriter, is_dedup
+from data_prep.prepare.plan import Plan, Stage
 from data_prep.prepare.receipt import Counts, Receipt, code_version, write_receipt
 from data_prep.prepare.shards import TaskShards
 from data_prep.readers import Place
@@ -34,16 +34,18 @@ def curate(job: Job, stage: Stage, *, number: int) -> Receipt:
     with job.place.workroom() as room:
         documents = Documents(job, stage, number=number, room=room)
         (room / file).parent.mkdir(exist_ok=True)
-        keys_of = KeyWriter(job.source.steps[stage.last_step - 1])
+        last = job.source.steps[stage.last_step - 1]
+        keys_of = KeyWriter(last) if is_dedup(last) else None
         with naming_full_disk(room / file), zst_file(room / file) as clean:
             for rows in documents:
-                pairs = zip(rows.fields, rows.texts, strict=True)
-                clean.write(b"".join(encode_row({**fields, "text": text}) for fields, text in pairs))
-                keys_of.add(rows.texts)
+                clean.write(b"".join(map(encode_row, rows.fields)))
+                if keys_of:
+                    keys_of.add(rows.texts)
                 documents.counts.documents += len(rows.texts)
-                job.tick(stage, number=number, file=rows.places[-1].piece.file.path, counts=documents.counts)
-        keys_of.save(room / keys)
-        files = [file, keys, *(str(path.relative_to(room)) for path in documents.files)]
+        files = [file, *(str(path.relative_to(room)) for path in documents.files)]
+        if keys_of:
+            keys_of.save(room / keys)
+            files.append(keys)
         return leave(job, stage, number=number, room=room, counts=documents.counts, files=files)
 
 
@@ -77,7 +79,7 @@ def tokenize(job: Job, stage: Stage, *, number: int) -> Receipt:
         key = f"{job.seed}\0{job.name}\0{number}"
         for texts, places in batches(documents, shuffle_characters=settings.shuffle_mib << 20, key=key):
             _write(job, texts, places=places, shards=shards, counts=documents.counts)
-            job.tick(stage, number=number, file=places[-1].piece.file.path, counts=documents.counts)
+            job.tick(stage, number=number, counts=documents.counts)
         train, held_out = shards.finish()
         files = [f"{shard.file}{suffix}" for shard in (*train, *held_out) for suffix in (".bin", ".idx")]
         files += [str(path.relative_to(room)) for path in documents.files]
@@ -127,6 +129,8 @@ def leave(job: Job, stage: Stage, *, number: int, room: Path, counts: Counts, fi
             f"documents, {counts.empty_documents:,} empty, {counts.rejected_rows:,} rejected, {counts.num_dropped:,} dropped); "
             "every row must come out once; this is a fault of data_prep: report it, with the inputs"
         )
+    if Plan.read_digest(job.place) != job.plan.digest:
+        raise DataError(f"source '{job.name}' was planned anew while this process worked on it; run `phidias data` again")
     sizes = {file: (room / file).stat().st_size for file in files}
     job.place.publish(room, files=files)
     receipt = Receipt(task=stage.task(number), plan=job.plan.digest, code=code_version(), counts=counts, files=sizes, **entries)

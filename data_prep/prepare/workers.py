@@ -4,23 +4,25 @@ Nobody deals the tasks out. Every worker takes the next task that has no receipt
 and be killed at any time, and what they leave goes on where it stopped.
 """
 
+import contextlib
 import functools
 import os
 import socket
 import threading
+import traceback
 import zlib
 from collections.abc import Callable, Sequence
 
 from data_prep.errors import DataError
 from data_prep.prepare.finish import MANIFEST, finish
 from data_prep.prepare.job import Job
+from data_prep.prepare.place import FAILED
 from data_prep.prepare.plan import Stage
 from data_prep.prepare.receipt import Receipt, finished_tasks
 from data_prep.prepare.tasks import curate, tokenize
 
 POLL_S = 0.2
 MOST_POLL_S = 5.0
-FAILED = "failed"
 
 
 def work(
@@ -39,9 +41,10 @@ def work(
         for name, job in list(open_jobs.items()):
             try:
                 state = _advance(job, token=token)
-            except DataError as error:
-                job.place.write(f"{FAILED}/{token}", str(error).encode())
-                errors[name], state = error, "over"
+            except Exception as error:
+                errors[name], state = as_data_error(error, name=name), "over"
+                with contextlib.suppress(DataError, OSError):  # the disk may be what is full
+                    job.place.write(f"{FAILED}/{token}", str(errors[name]).encode("utf-8", "backslashreplace"))
             if state == "over":
                 del open_jobs[name]
                 if on_over:
@@ -51,6 +54,17 @@ def work(
         if stop.wait(pause if open_jobs and not done_something else 0):  # others work on all that is left
             raise KeyboardInterrupt
     return errors
+
+
+def as_data_error(error: Exception, *, name: str) -> DataError:
+    """What nobody foresaw stops its source and no other, and says where it was."""
+    if isinstance(error, DataError):
+        return error
+    trace = "".join(traceback.format_exception(error))
+    return DataError(
+        f"source '{name}': {type(error).__name__}: {error}; what is done stays done; if the trace does not say what to mend, "
+        f"this is a fault of data_prep: report it\n{trace}"
+    )
 
 
 def _advance(job: Job, *, token: str) -> str:

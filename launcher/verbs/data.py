@@ -99,7 +99,7 @@ def prepare(config: RunConfig, *, console: Console, engine: str) -> int:
             seed=config.run.seed,
             data_dir=config.run.data_dir,
             on_progress=progress.update,
-            token=os.environ.get("SLURM_ARRAY_JOB_ID"),  # elements of one array give up together
+            token=array_token(),
             engine=engine,
         )
     tables = build_tables(config)
@@ -151,6 +151,12 @@ def list_only(config: RunConfig, *, console: Console) -> int:
         table.add_row(name, f"{len(files):,}", short(sum(file.size for file in files)))
     console.print(table)
     return ExitClass.DONE
+
+
+def array_token() -> str | None:
+    """Elements of one array give up a source together; requeued, they try again."""
+    job = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}" if job else None
 
 
 @contextmanager

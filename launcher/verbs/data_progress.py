@@ -40,7 +40,7 @@ class DataProgress:
             self._live.update(self._tasks[progress.source], figures=line, completed=progress.fraction)
         elif progress.done or time.monotonic() - self._printed_at[progress.source] >= PLAIN_INTERVAL_S:
             self._printed_at[progress.source] = time.monotonic()
-            state = "done" if progress.done else f"{progress.fraction:.0%} · {progress.file}"
+            state = "done" if progress.done else f"{progress.fraction:.0%} · {progress.task}"
             self._console.print(f"{progress.source}: {line} · {state}", soft_wrap=True)
 
     def _speed(self, progress: Progress) -> list[str]:
