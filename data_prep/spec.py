@@ -111,7 +111,7 @@ class DataSettings:
     """How sources become shards and windows; the same for every stage of a run.
 
     `held_out_fraction`: part of the documents (by keyed content hash) kept for validation. `shard_tokens`: about what a shard
-    holds. `shuffle_mib`: documents are mixed in buffers of so much text, from places far apart; 0 keeps the order of the
+    holds. `shuffle_mib`: documents are mixed in buffers of so many token ids, from places far apart; 0 keeps the order of the
     inputs. `max_row_mib`: the largest row, which bounds the memory of a worker. `oracle_fraction`: part of the documents that
     are tokenized twice, to prove the fast tokenizer. `dropped_samples`: documents kept to look at, of each reason to drop one.
     `num_workers`: processes on a machine, of which engine=slurm takes

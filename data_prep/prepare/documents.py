@@ -5,10 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import orjson
-import xxhash
-from numpy.typing import NDArray
 
 from data_prep.curate.document import Document, Step
 from data_prep.errors import DataError
@@ -159,47 +156,18 @@ def task_of(place: Place) -> int:
     return int(Path(place.piece.file.path).name.removesuffix(CLEAN))
 
 
-def batches(documents: Documents, *, shuffle_characters: int, key: str) -> Iterator[tuple[list[str], list[Place]]]:
-    """Enough text a call to keep the tokenizer busy, little enough to stay small; mixed within buffers of `shuffle_characters`,
-    in an order that `key` decides."""
-    for number, (texts, places) in enumerate(_buffers(documents, characters=max(shuffle_characters, BATCH_CHARACTERS))):
-        order = range(len(texts))
-        if shuffle_characters:
-            order = _keyed_permutation(len(texts), key=f"{key}\0{number}").tolist()
-        batch: list[int] = []
-        size = 0
-        for index in order:
-            batch.append(index)
-            size += len(texts[index])
-            if size >= BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS:
-                yield [texts[index] for index in batch], [places[index] for index in batch]
-                batch, size = [], 0
-        if batch:
-            yield [texts[index] for index in batch], [places[index] for index in batch]
-        texts.clear()  # before the next buffer is read: two at once would be the peak
-        places.clear()
-
-
-def _buffers(documents: Documents, *, characters: int) -> Iterator[tuple[list[str], list[Place]]]:
-    """Cut at the document that fills one: how much a file system gives at a time must not show in the shards."""
+def batches(documents: Documents) -> Iterator[tuple[list[str], list[Place]]]:
+    """Enough text a call to keep the tokenizer busy, little enough to stay small; in the order in which it was read, as texts
+    that stand together have their words in common, which the tokenizer then finds in its cache."""
     texts: list[str] = []
     places: list[Place] = []
     size = 0
     for rows in documents:
-        for text, place in zip(rows.texts, rows.places, strict=True):
-            texts.append(text)
-            places.append(place)
-            size += len(text)
-            if size >= characters:
-                yield texts, places
-                texts, places, size = [], [], 0
+        texts += rows.texts
+        places += rows.places
+        size += sum(map(len, rows.texts))
+        if size >= BATCH_CHARACTERS or len(texts) >= BATCH_DOCUMENTS:
+            yield texts, places
+            texts, places, size = [], [], 0
     if texts:
         yield texts, places
-
-
-def _keyed_permutation(count: int, *, key: str) -> NDArray[np.int64]:
-    """Sorted by a hash of each index: the same with any version of numpy, which its generators do not promise."""
-    value = np.arange(count, dtype=np.uint64) + np.uint64(xxhash.xxh3_64_intdigest(key.encode()))
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64, of which order.py says more
-        value = (value ^ (value >> np.uint64(shift))) * np.uint64(factor)
-    return (value ^ (value >> np.uint64(31))).argsort(kind="stable")

@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.indexed import Ids, IdsType, ShardEntry, ShardWriter
-from data_prep.tokenizers import Encoded
 
 HISTOGRAM_BINS = 32  # of powers of two, in tokens: documents of 2^31 tokens and more do not exist
 
@@ -82,12 +81,11 @@ class TaskShards:
         self._held_out = shards(stem=f"held_out_{task:05d}", min_document_tokens=0)
         self.lengths = Lengths.none()
 
-    def add(self, encoded: Encoded, *, held_out: NDArray[np.bool_]) -> None:
+    def add(self, documents: Sequence[Ids], *, held_out: NDArray[np.bool_]) -> None:
         """Documents without their EODs, none of them empty, and which are for validation [documents]."""
-        lengths = encoded.lengths + 1
+        lengths = np.array([len(ids) for ids in documents], dtype=np.int64) + 1
         self.lengths.add(lengths[~held_out])
         goes_to = np.where(held_out, -1, np.searchsorted(self._buckets, lengths, side="right"))
-        documents = encoded.documents()
         for number, sequence in ((-1, self._held_out), *enumerate(self._train)):
             chosen = np.flatnonzero(goes_to == number)
             if len(chosen):

@@ -15,6 +15,7 @@ from data_prep.manifest import dtype_for
 from data_prep.prepare.documents import Documents, batches, encode_row
 from data_prep.prepare.job import CLEAN, Job
 from data_prep.prepare.keys import KeyWriter, is_dedup
+from data_prep.prepare.mixer import Mixer
 from data_prep.prepare.plan import Plan, Stage
 from data_prep.prepare.receipt import Counts, Receipt, code_version, write_receipt
 from data_prep.prepare.shards import TaskShards
@@ -76,10 +77,12 @@ def tokenize(job: Job, stage: Stage, *, number: int) -> Receipt:
             buckets=settings.length_buckets,
         )
         stack.callback(shards.abort)  # does nothing to finished shards
-        key = f"{job.seed}\0{job.name}\0{number}"
-        for texts, places in batches(documents, shuffle_characters=settings.shuffle_mib << 20, key=key):
-            _write(job, texts, places=places, shards=shards, counts=documents.counts)
+        mixer = Mixer(shards, tokens=settings.shuffle_mib << 18, key=f"{job.seed}\0{job.name}\0{number}")  # ids take 4 bytes
+        for texts, places in batches(documents):
+            encoded, kept_out = _encode(job, texts, places=places, counts=documents.counts)
+            mixer.add(encoded.documents(), held_out=kept_out)
             job.tick(stage, number=number, counts=documents.counts)
+        mixer.flush()
         train, held_out = shards.finish()
         files = [f"{shard.file}{suffix}" for shard in (*train, *held_out) for suffix in (".bin", ".idx")]
         files += [str(path.relative_to(room)) for path in documents.files]
@@ -91,7 +94,8 @@ def tokenize(job: Job, stage: Stage, *, number: int) -> Receipt:
         return leave(job, stage, number=number, room=room, counts=documents.counts, files=files, **entries)
 
 
-def _write(job: Job, texts: list[str], *, places: list[Place], shards: TaskShards, counts: Counts) -> None:
+def _encode(job: Job, texts: list[str], *, places: list[Place], counts: Counts) -> tuple[Encoded, list[bool]]:
+    """The documents that gave tokens, and which of them are for validation."""
     encoded = job.tokenizer.encode_batch(texts)
     _refuse_eod(encoded, places=places, eod_id=job.tokenizer.eod_id)
     if job.oracle:
@@ -102,12 +106,10 @@ def _write(job: Job, texts: list[str], *, places: list[Place], shards: TaskShard
         data = [text for text, kept in zip(data, some.tolist(), strict=True) if kept]
         counts.empty_documents += int((~some).sum())
         encoded = Encoded(encoded.ids, encoded.lengths[some])
-    seed, fraction = job.seed, job.settings.held_out_fraction
-    held_out = np.array([is_held_out(content, seed=seed, fraction=fraction) for content in data], dtype=bool)
-    shards.add(encoded, held_out=held_out)
     counts.documents += len(data)
     counts.tokens += len(encoded.ids) + len(data)
     counts.text_bytes += sum(map(len, data))
+    return encoded, [is_held_out(text, seed=job.seed, fraction=job.settings.held_out_fraction) for text in data]
 
 
 def _refuse_eod(encoded: Encoded, *, places: list[Place], eod_id: int) -> None:
