@@ -7,10 +7,11 @@
     megatron         megatron-core's IndexedDatasetBuilder fed by a Hugging Face tokenizer, one process: the classic preprocess
     datatrove        datatrove's JsonlReader and MegatronDocumentTokenizer
 
-Each is a process of its own, run in turn, median of several; what it takes with sixteen documents is its start-up, which
-is subtracted: imports, and building tokenizers. MB are 10^6 bytes of UTF-8 text. Peak memory is the largest process's. The slow
-ones read every eighth document. The tokenizer keeps the words it has met, and its first 80 MB are its slowest: the corpus six times
-over shows the speed of a long task, where texts are as if seen before. All use cl100k; the Hugging Face tokenizer is made from the ranks file.
+Each is a process of its own, run in turn, median of several; what it takes with sixteen documents is its start-up, which is
+subtracted: imports, and building tokenizers. MB are 10^6 bytes of UTF-8 text. Peak memory is the largest process's. The slow
+ones read every eighth document. The tokenizer keeps the words it has met, and its first 80 MB are its slowest: the corpus six
+times over shows the speed of a long task, where texts are as if seen before. All use cl100k; the Hugging Face tokenizer is made
+from the ranks file.
 """
 
 import argparse
