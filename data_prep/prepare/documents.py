@@ -19,6 +19,7 @@ BATCH_CHARACTERS = 1 << 21
 BATCH_DOCUMENTS = 1024
 REJECTS, DROPPED = "rejects", "dropped"
 
+Labelled = tuple[str, Step]  # a step, and what reports call it
 Numbered = tuple[int, Document]  # a document, and where its row stands among those that were read with it
 
 
@@ -35,7 +36,8 @@ class Documents:
         for path in (self._rejects.path, self._samples):
             path.unlink(missing_ok=True)  # of an attempt that did not end
         self._copies = self._copies_before() if stage.takes_from else {}
-        self._runs = _runs([step for step in job.steps[stage.first_step : stage.last_step] if step])
+        numbers = range(stage.first_step, stage.last_step)
+        self._runs = _runs([(job.labels[number], step) for number in numbers if (step := job.steps[number])])
 
     @property
     def files(self) -> list[Path]:
@@ -74,7 +76,8 @@ class Documents:
         documents = self._without_copies(found, places=rows.places)
         for steps in self._runs:
             documents = list(self._judge(steps, documents, places=rows.places))
-        kept = [pair for pair in documents if pair[1].text or self._drop(pair[1], "text", "nothing_left")]
+        last = self._runs[-1][-1][0] if self._runs else ""  # a step that takes text away is the only one to leave none
+        kept = [pair for pair in documents if pair[1].text or self._drop(pair[1], last, "nothing_left")]
         for index, document in kept:
             rows.texts[index] = document.text
             rows.fields[index] = clean_row(document)
@@ -84,19 +87,22 @@ class Documents:
     def _without_copies(self, documents: list[Numbered], *, places: Sequence[Place]) -> list[Numbered]:
         if not self._copies:
             return documents
-        step = self._job.source.steps[self._stage.first_step - 1].kind
+        step = self._job.labels[self._stage.first_step - 1]
         return [
             (index, document)
             for index, document in documents
             if places[index].number not in self._copies[task_of(places[index])] or self._drop(document, step, "copy")
         ]
 
-    def _judge(self, steps: Sequence[Step], documents: Sequence[Numbered], *, places: Sequence[Place]) -> Iterator[Numbered]:
+    def _judge(
+        self, steps: Sequence[Labelled], documents: Sequence[Numbered], *, places: Sequence[Place]
+    ) -> Iterator[Numbered]:
         """Those that a run of steps keeps."""
-        judge_all = getattr(steps[0], "judge_all", None)
+        label, first = steps[0]
+        judge_all = getattr(first, "judge_all", None)
         if judge_all:
             reasons = judge_all([document for _, document in documents])
-            judged = [(steps[0].name, reason) for reason in reasons]
+            judged = [(label, reason) for reason in reasons]
         else:
             judged = [_first_reason(steps, document, place=places[index]) for index, document in documents]
         for (index, document), (step, reason) in zip(documents, judged, strict=True):
@@ -120,26 +126,26 @@ class Documents:
             self.counts.count(self.counts.found, key="language", value=language)
 
 
-def _runs(steps: Sequence[Step]) -> list[list[Step]]:
+def _runs(steps: Sequence[Labelled]) -> list[list[Labelled]]:
     """Steps that look at one document at a time, together, so that what one found out serves the next; those that are quicker
     with many documents, each alone."""
-    runs: list[list[Step]] = []
-    for step in steps:
-        if runs and not hasattr(step, "judge_all") and not hasattr(runs[-1][0], "judge_all"):
-            runs[-1].append(step)
+    runs: list[list[Labelled]] = []
+    for label, step in steps:
+        if runs and not hasattr(step, "judge_all") and not hasattr(runs[-1][0][1], "judge_all"):
+            runs[-1].append((label, step))
         else:
-            runs.append([step])
+            runs.append([(label, step)])
     return runs
 
 
-def _first_reason(steps: Sequence[Step], document: Document, *, place: Place) -> tuple[str, str | None]:
-    for step in steps:
+def _first_reason(steps: Sequence[Labelled], document: Document, *, place: Place) -> tuple[str, str | None]:
+    for label, step in steps:
         try:
             reason = step(document)
         except DataError as error:
             raise DataError(f"{place}: {error}") from error
         if reason:
-            return step.name, reason
+            return label, reason
     return "", None
 
 

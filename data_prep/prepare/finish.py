@@ -86,12 +86,19 @@ def _manifest(job: Job, *, counts: Counts, receipts: list[Receipt], code: list[s
         statistics=Statistics(
             rows=counts.rows,
             dropped=counts.dropped,
+            kept=_kept(job.labels, counts=counts),
             found=counts.found,
             length_documents=_sums(receipt.length_documents for receipt in receipts),
             length_tokens=_sums(receipt.length_tokens for receipt in receipts),
             code=tuple(code),
         ),
     )
+
+
+def _kept(labels: list[str], *, counts: Counts) -> dict[str, int]:
+    """What passed a step: the documents in the end, and what later steps dropped."""
+    dropped = [sum(counts.dropped.get(label, {}).values()) for label in labels]
+    return {label: counts.documents + sum(dropped[index + 1 :]) for index, label in enumerate(labels)}
 
 
 def _sums(columns: Iterable[tuple[int, ...]]) -> tuple[int, ...]:

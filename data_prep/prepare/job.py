@@ -71,6 +71,13 @@ class Job:
         return [None if is_dedup(step) else build_step(step, place=f"source '{self.name}'") for step in self.source.steps]
 
     @functools.cached_property
+    def labels(self) -> list[str]:
+        """What reports call each step: its kind, and a number from the second of a kind on."""
+        kinds = [step.kind for step in self.source.steps]
+        before = [kinds[:index].count(kind) for index, kind in enumerate(kinds)]
+        return [f"{kind}_{count + 1}" if count else kind for kind, count in zip(kinds, before, strict=True)]
+
+    @functools.cached_property
     def wants_fields(self) -> bool:
         """Whether anything looks at more of a row than its text."""
         return bool(self.source.steps)

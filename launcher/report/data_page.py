@@ -91,6 +91,8 @@ def _details(name: str, manifest: Manifest) -> str:
     parts = [f'<figure class="wide"><figcaption>{LEGEND}</figcaption>{_histogram(statistics)}</figure>']
     if left_out := _left_out(manifest, statistics=statistics):
         parts.append(_figure(f"Rows left out, of {statistics.rows:,}", body=_bars(left_out, of=statistics.rows)))
+    if statistics.kept:
+        parts.append(_figure("Rows kept by each step", body=_bars(statistics.kept.items(), of=statistics.rows)))
     for what, row in statistics.found.items():
         counts = sorted(row.items(), key=_most)[:MOST_BARS]
         parts.append(_figure(f"{escape(what)}, of documents kept", body=_bars(counts, of=sum(row.values()))))

@@ -149,3 +149,15 @@ def test_another_benchmark_file_is_another_source(lab):
     items.write_text(json.dumps({"question": text(4)}) + "\n")
     with pytest.raises(DataError, match="prepared with other settings: step_files: found"):
         lab.prepare(steps=steps)
+
+
+def test_every_step_says_what_it_kept_two_of_a_kind_too(lab):
+    lab.rows([{"text": text(n % 15), "id": n, "kind": "good" if n % 4 else "bad"} for n in range(20)])
+    field = {"kind": "metadata", "field": "id"}
+    steps = ({**field, "min": 2}, EXACT, {**field, "max": 11}, {"kind": "metadata", "field": "kind", "equals": "good"})
+    found = lab.prepare(steps=steps).statistics
+    kept = {n: n % 15 for n in range(2, 20)}
+    first = {label: sum(row.values()) for label, row in found.dropped.items()}
+    assert list(found.kept) == ["metadata", "exact_dedup", "metadata_2", "metadata_3"]
+    assert found.kept["metadata"] == len(kept) and found.kept["exact_dedup"] == len(set(kept.values()))
+    assert found.kept["metadata_3"] == len(lab.texts_back()) == found.kept["metadata_2"] - first["metadata_3"]
