@@ -68,8 +68,8 @@ class SplitEntry:
 
 @dataclass(config=STRICT, frozen=True)
 class Statistics:
-    """What was seen on the way. `rows` = documents + empty + rejected + dropped. `dropped`: rows by step and reason; `kept`: rows
-    that passed each step, in the order of the steps; `found`: kept documents by what a step said of them, such as their
+    """What was seen on the way. `rows` = documents + empty + rejected + dropped. `dropped`: rows by step and reason; `kept`:
+    rows that passed each step, in the order of the steps; `found`: kept documents by what a step said of them, such as their
     language. `length_documents`, `length_tokens`: of training documents with 2^b to 2^(b+1) - 1 tokens, EOD included, at
     place b. `code`: the versions of data_prep that wrote it."""
 
