@@ -32,6 +32,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -343,7 +344,8 @@ def run_case(module: str, case: Case, *, scratch: Path) -> Figures:
 
 def failure_of(done: subprocess.CompletedProcess[str]) -> Figures:
     """The last line of a traceback, and the line of code that it is about."""
-    lines = [line.removeprefix("[rank0]:").strip() for line in done.stderr.splitlines() if line.strip()]
+    said = done.stderr.replace(f"{sysconfig.get_path('purelib')}/", "")  # where packages lie here says nothing elsewhere
+    lines = [line.removeprefix("[rank0]:").strip() for line in said.splitlines() if line.strip()]
     if not lines:
         return {"failed": f"exit status {done.returncode}"}
     at = [index for index, line in enumerate(lines) if line.startswith('File "')][-1:]

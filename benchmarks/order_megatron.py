@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -91,7 +92,7 @@ def start(case: data_order.Case) -> data_order.Figures:
     figures |= {"samples_asked": case["samples"], "process_group_s": round(setup_s, 3)}
     return {
         **figures,
-        "helpers": helpers_cpp.__file__,
+        "helpers": Path(helpers_cpp.__file__).name,
         "cpp_helpers": {name: used for name, used in calls.items() if used["calls"]},
     }
 
