@@ -80,11 +80,12 @@ def transformer_config(stage: StageConfig, *, model: ModelConfig) -> Transformer
         output_layer_init_method=leave_uninitialised,
         embedding_init_method=leave_uninitialised,
         use_cpu_initialization=not torch.cuda.is_available(),
-        # Fusions are measured and switched on where they help; none changes the arithmetic asked for.
-        bias_activation_fusion=False,
+        # On GPUs the activation and the rotary embedding are one kernel each, as the planner counts them, and keep less. Other
+        # fusions are measured and switched on where they help; none changes the arithmetic asked for.
+        bias_activation_fusion=fuses_activation(model),
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        apply_rope_fusion=False,
+        apply_rope_fusion=torch.cuda.is_available(),
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         cross_entropy_loss_fusion=False,
@@ -93,10 +94,15 @@ def transformer_config(stage: StageConfig, *, model: ModelConfig) -> Transformer
     )
 
 
+def fuses_activation(model: ModelConfig) -> bool:
+    """Megatron's fused kernels are for GPUs, and for these: SwiGLU, and GELU with a bias."""
+    return torch.cuda.is_available() and (model.activation == "swiglu" or (model.activation == "gelu" and model.mlp_bias))
+
+
 def _layout_fields(layout: Layout, *, has_variable_lengths: bool) -> dict[str, Any]:
     recompute: dict[str, Any] = {
         "none": {"recompute_granularity": None},
-        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": list(layout.recompute_modules)},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }[layout.recompute]
     overlaps_sends = torch.cuda.is_available() and layout.vpp > 1
@@ -104,6 +110,11 @@ def _layout_fields(layout: Layout, *, has_variable_lengths: bool) -> dict[str, A
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        num_layers_in_first_pipeline_stage=layout.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=layout.num_layers_in_last_pipeline_stage,
+        account_for_embedding_in_pipeline_split=layout.account_for_embedding_in_pipeline_split,
+        account_for_loss_in_pipeline_split=layout.account_for_loss_in_pipeline_split,
+        tp_comm_overlap=overlaps_tensor_parallel(layout),
         context_parallel_size=layout.cp,
         sequence_parallel=layout.sequence_parallel,
         cp_comm_type=layout.cp_comm_type if layout.cp > 1 else None,
@@ -119,6 +130,25 @@ def _layout_fields(layout: Layout, *, has_variable_lengths: bool) -> dict[str, A
         # Without experts it dispatches nothing, but its default refuses variable lengths (transformer_config.py:1827).
         moe_token_dispatcher_type="alltoall",
         **recompute,
+    )
+
+
+def overlaps_tensor_parallel(layout: Layout) -> bool:
+    """Whether tensor-parallel communication hides behind GEMMs: it takes transformer-engine and sequence parallelism."""
+    return layout.tp_comm_overlap and layout.sequence_parallel and layout.tp > 1 and have_transformer_engine()
+
+
+def initialize_user_buffers(stage: StageConfig, *, model: ModelConfig) -> None:
+    """transformer-engine's buffers, shared by the GPUs of a tensor-parallel group, for communication that hides behind GEMMs.
+    Before the model is built. Where it does not overlap, nothing."""
+    if not overlaps_tensor_parallel(stage.layout):
+        return
+    from transformer_engine.pytorch.module.base import initialize_ub
+
+    layout = stage.layout
+    tokens = stage.stage.seq_length * layout.micro_batch_size // layout.cp
+    initialize_ub(
+        shape=[tokens, model.hidden_size], tp_size=layout.tp, use_fp8=stage.precision.fp8 is not None, bootstrap_backend="nccl"
     )
 
 
@@ -181,6 +211,7 @@ def build_chunk(stage: StageConfig, *, model: ModelConfig, config: TransformerCo
 def build_model(stage: StageConfig, *, model: ModelConfig, seed: int) -> list[DistributedDataParallel]:
     """This rank's model chunks, initialised from the seed alone and wrapped for data-parallel training."""
     config, layout = transformer_config(stage, model=model), stage.layout
+    initialize_user_buffers(stage, model=model)
     stages = range(layout.vpp) if layout.vpp > 1 else [None]
     chunks = [build_chunk(stage, model=model, config=config, vp_stage=vp_stage) for vp_stage in stages]
     initialize_parameters(chunks, model=model, seed=seed)

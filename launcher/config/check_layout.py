@@ -5,6 +5,9 @@ from collections.abc import Callable, Iterator
 from launcher.config.errors import Problem
 from launcher.config.schema import RunConfig, StageConfig
 
+# Tokens of one of the two chunks that a context-parallel rank computes: fewer leave the attention kernel's tile empty.
+MIN_CHUNK = 128
+
 
 def check_world(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
     layout, world = stage.layout, config.cluster.world_size
@@ -44,13 +47,59 @@ def unfit_ramp(stage: StageConfig, *, unit: int) -> int | None:
 
 
 def check_pipeline(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
-    layout, num_layers = stage.layout, config.model.num_layers
+    layout = stage.layout
     if layout.vpp > 1 and layout.pp == 1:
         yield Problem("layout.vpp", str(layout.vpp), "virtual stages interleave a pipeline: layout.pp is 1", "layout.vpp=1")
-    if num_layers % (layout.pp * layout.vpp):
-        rule = f"pp * vpp ({layout.pp * layout.vpp}) must divide model.num_layers ({num_layers})"
-        fix = f"a product out of {_divisors(num_layers)}"
-        yield Problem("layout.pp", f"pp {layout.pp}, vpp {layout.vpp}", rule, fix)
+        return
+    own = [layout.num_layers_in_first_pipeline_stage, layout.num_layers_in_last_pipeline_stage]
+    counted = layout.account_for_embedding_in_pipeline_split + layout.account_for_loss_in_pipeline_split
+    if layout.pp == 1 and (any(own) or counted):
+        rule = "there is one pipeline stage, which has all layers"
+        yield Problem("layout.pp", "1 with layers placed by hand", rule, "leave them out, or layout.pp of 2 or more")
+    elif any(own) and counted:
+        rule = "Megatron places layers by their number in the first and last stage, or by counting the embedding or the loss"
+        yield Problem("layout.num_layers_in_first_pipeline_stage", "both", rule, "one of the two ways")
+    elif any(own):
+        yield from uneven_stages(stage, num_layers=config.model.num_layers)
+    elif (config.model.num_layers + counted) % (layout.pp * layout.vpp):
+        yield undivided_layers(stage, num_layers=config.model.num_layers, counted=counted)
+
+
+def uneven_stages(stage: StageConfig, *, num_layers: int) -> Iterator[Problem]:
+    """The first and last stage have their own number of layers; the others share the rest, every one in vpp equal chunks."""
+    layout = stage.layout
+    own = {
+        f"num_layers_in_{at}_pipeline_stage": getattr(layout, f"num_layers_in_{at}_pipeline_stage") for at in ("first", "last")
+    }
+    set_ones = {name: count for name, count in own.items() if count is not None}
+    rest, between = num_layers - sum(set_ones.values()), layout.pp - len(set_ones)
+    for name, count in set_ones.items():
+        if count % layout.vpp:
+            yield Problem(
+                f"layout.{name}", str(count), f"layout.vpp ({layout.vpp}) must divide it", "a multiple, or layout.vpp=1"
+            )
+    found = " and ".join(str(count) for count in set_ones.values())
+    if rest < between * layout.vpp or (between == 0 and rest) or (between and rest % (between * layout.vpp)):
+        rule = f"the other {between} stages share the {rest} layers left of {num_layers}, in {layout.vpp} chunks each, evenly"
+        yield Problem(f"layout.{next(iter(set_ones))}", found, rule, "other numbers, or null for an even split")
+
+
+def undivided_layers(stage: StageConfig, *, num_layers: int, counted: int) -> Problem:
+    layout = stage.layout
+    chunks = layout.pp * layout.vpp
+    layers = f"model.num_layers ({num_layers})" + (f" and the {counted} counted as layers" if counted else "")
+    fix = f"a product out of {_divisors(num_layers)}"
+    if not counted and (num_layers + 2) % chunks == 0:
+        fix += ", or layout.account_for_embedding_in_pipeline_split=true and layout.account_for_loss_in_pipeline_split=true"
+    elif not counted and layout.pp > 2 and num_layers > layout.pp:
+        # A last stage with fewer layers makes room for the LM head; the others share the rest evenly.
+        last = next(
+            (n for n in range(layout.vpp, num_layers, layout.vpp) if (num_layers - n) % ((layout.pp - 1) * layout.vpp) == 0), 0
+        )
+        if last and last <= (num_layers - last) // (layout.pp - 1):
+            fix += f", or layout.num_layers_in_last_pipeline_stage={last}"
+    rule = f"pp * vpp ({chunks}) must divide {layers}"
+    return Problem("layout.pp", f"pp {layout.pp}, vpp {layout.vpp}", rule, fix)
 
 
 def check_tensor(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
@@ -77,6 +126,9 @@ def check_sequence(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem
     if layout.cp > 1 and seq_length % (2 * layout.cp):
         rule = f"context parallelism gives each rank two chunks: 2 * cp ({2 * layout.cp}) must divide it"
         yield Problem("stage.seq_length", str(seq_length), rule, "another seq_length or a smaller layout.cp")
+    elif layout.cp > 1 and config.cluster.gpu and seq_length // (2 * layout.cp) < MIN_CHUNK:
+        rule = f"a chunk of {seq_length // (2 * layout.cp)} tokens is less than one tile ({MIN_CHUNK}) of the attention kernel"
+        yield Problem("layout.cp", str(layout.cp), rule, f"at most {max(1, seq_length // (2 * MIN_CHUNK))}")
 
 
 def check_all_to_all(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
@@ -89,6 +141,19 @@ def check_all_to_all(stage: StageConfig, *, config: RunConfig) -> Iterator[Probl
         if held % layout.cp:
             rule = f"layout.cp ({layout.cp}) must divide the {held} of model.{name} that a rank of tp {layout.tp} holds"
             yield Problem("layout.cp_comm_type", "a2a", rule, "layout.cp_comm_type=p2p, or a smaller layout.cp")
+
+
+def check_recompute(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
+    layout = stage.layout
+    if layout.recompute != "selective":
+        return
+    if not layout.recompute_modules:
+        yield Problem(
+            "layout.recompute_modules", "none", "recompute selective computes some again", "[mlp], or layout.recompute=none"
+        )
+    if "mlp" in layout.recompute_modules and config.model.mlp_bias:
+        rule = "megatron-core 0.16.1 never ends the backward pass of a recomputed MLP with biases (model.mlp_bias)"
+        yield Problem("layout.recompute_modules", "mlp", rule, "[core_attn], or layout.recompute=full")
 
 
 def check_overlap(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
@@ -111,5 +176,6 @@ LAYOUT_RULES: tuple[Callable[..., Iterator[Problem]], ...] = (
     check_tensor,
     check_sequence,
     check_all_to_all,
+    check_recompute,
     check_overlap,
 )

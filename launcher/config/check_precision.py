@@ -24,9 +24,12 @@ def check_fp8_fields(stage: StageConfig, *, config: RunConfig) -> Iterator[Probl
 
 def check_bf16_layers(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
     """Layers kept in bf16 lie in the first and the last pipeline stage; delayed scaling has none (megatron-core 0.16.1)."""
-    per_stage = config.model.num_layers // stage.layout.pp
+    layout = stage.layout
+    shared = config.model.num_layers // layout.pp
+    own = {"start": layout.num_layers_in_first_pipeline_stage, "end": layout.num_layers_in_last_pipeline_stage}
     for field in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
         count = getattr(stage.precision, field)
+        per_stage = own["start" if "start" in field else "end"] or shared
         if count and stage.precision.fp8 == "delayed":
             rule = "delayed scaling keeps no layers in bf16"
             yield Problem(f"precision.{field}", str(count), rule, f"precision.{field}=0, or fp8_tensorwise")
@@ -41,6 +44,15 @@ def check_fp8_device(stage: StageConfig, *, config: RunConfig) -> Iterator[Probl
         yield Problem(
             "precision.fp8", stage.precision.fp8, rule, "precision=bf16 or precision=fp32, or a cluster of Hopper GPUs"
         )
+
+
+def check_fp8_recipe(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
+    recipe, hardware = stage.precision.fp8, config.hardware
+    if recipe and hardware and recipe not in hardware.fp8:
+        known = ", ".join(hardware.fp8)
+        rule = f"{hardware.name} computes " + (f"the FP8 recipes {known}" if known else "no FP8")
+        fix = f"precision.fp8={hardware.fp8[0]}, or precision=bf16" if known else "precision=bf16"
+        yield Problem("precision.fp8", recipe, rule, fix)
 
 
 def check_fp8_shapes(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
@@ -72,5 +84,6 @@ def fp8_dimensions(stage: StageConfig, *, config: RunConfig) -> dict[str, int]:
 PRECISION_RULES: tuple[Callable[..., Iterator[Problem]], ...] = (
     check_fp8_fields,
     check_fp8_device,
+    check_fp8_recipe,
     check_fp8_shapes,
 )

@@ -5,10 +5,10 @@ what stages may differ in (layout, precision, optim, mixture) is kept apart.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -18,8 +18,10 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 import model_configs
+from launcher.config.auto import Free, take_free
 from launcher.config.check import check_run
 from launcher.config.errors import ConfigError, Problem
+from launcher.config.hardware import read_hardware
 from launcher.config.schema import SCHEMA_VERSION, RunConfig
 from launcher.config.validate import validate_run
 
@@ -35,11 +37,28 @@ BELONGS_TO_A_STAGE = re.compile(r"layout\.|optim(\.|$)|mixture(\.|$)")
 Tree = dict[str, Any]
 
 
-def compose_run(overrides: Sequence[str], *, config_dir: str | None = None, base: DictConfig | None = None) -> RunConfig:
+class Plans(Protocol):
+    """What composing asks of the planner, which stands above this package (launcher/plan/planner.py)."""
+
+    def choose(self, config: RunConfig, free: Mapping[str, Free]) -> RunConfig:
+        """The run with what layout=auto leaves free, by stage, settled."""
+
+    def nearest(self, config: RunConfig) -> list[str]:
+        """Of a config that is refused, the nearest layouts that would not be, as overrides, a line a stage."""
+
+
+def compose_run(
+    overrides: Sequence[str],
+    *,
+    config_dir: str | None = None,
+    base: DictConfig | None = None,
+    planner: Plans | None = None,
+) -> RunConfig:
     """The checked config of the run the overrides describe, with the stages they select.
 
     `config_dir` is a folder of more YAML (Hydra's --config-dir). Inside a Hydra app the app's own search path is used, and
-    `base` is the tree Hydra has already composed from the same overrides. Raises ConfigError with all problems."""
+    `base` is the tree Hydra has already composed from the same overrides. `planner` settles layout=auto and knows layouts near
+    a refused one. Raises ConfigError with all problems."""
     from launcher.config.explain import explain
 
     with hydra_session(config_dir) as searchpath:
@@ -48,9 +67,40 @@ def compose_run(overrides: Sequence[str], *, config_dir: str | None = None, base
             tree, bare = compose_tree(words, base=base)
         except COMPOSITION_ERRORS as error:
             raise explain(error, overrides=words) from error
+        tree["hardware"] = hardware_of(tree)
+    free = {}
+    for index, stage in enumerate(tree["stages"]):
+        tree["stages"][index], left = take_free(stage)
+        if left:
+            free[stage["stage"]["name"]] = left
     config = validate_with(tree, bare=bare)
-    check_run(config)
+    if free:
+        config = chosen(config, free=free, planner=planner)
+    try:
+        check_run(config)
+    except ConfigError as error:
+        error.nearest = tuple(planner.nearest(config)) if planner else ()
+        raise
     return config
+
+
+def chosen(config: RunConfig, *, free: Mapping[str, Free], planner: Plans | None) -> RunConfig:
+    if planner is None:
+        raise ConfigError(
+            Problem("layout", "fields without a value", "the planner chooses them, and is not asked here", "name a layout")
+        )
+    return planner.choose(config, free)
+
+
+def hardware_of(tree: Tree) -> Tree | None:
+    """The device that cluster.gpu names, from the folders on Hydra's search path."""
+    cluster = tree.get("cluster")
+    name = cluster.get("gpu") if isinstance(cluster, dict) else None
+    if not isinstance(name, str):
+        return None
+    paths = GlobalHydra.instance().config_loader().get_search_path().get_path()
+    folders = [Path(entry.path.removeprefix("file://")) for entry in paths if entry.path.startswith("file://")]
+    return read_hardware(name, folders=folders)
 
 
 def validate_with(tree: Tree, *, bare: Sequence[Problem]) -> RunConfig:

@@ -17,12 +17,19 @@ class Problem:
 
 
 class ConfigError(Exception):
-    """A config that cannot be run; holds every problem found."""
+    """A config that cannot be run; holds every problem found. `nearest`: layouts near it that would work, as overrides."""
 
     def __init__(self, *problems: Problem):
-        self.problems = problems
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__("\n".join([f"config refused, {count}:", *(f"  {problem}" for problem in problems)]))
+        self.problems, self.nearest = problems, ()
+        super().__init__(*problems)
+
+    problems: tuple[Problem, ...]
+    nearest: tuple[str, ...]
+
+    def __str__(self) -> str:
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        lines = [f"config refused, {count}:", *(f"  {problem}" for problem in self.problems)]
+        return "\n".join([*lines, *(f"  nearest layout that works, {line}" for line in self.nearest)])
 
 
 class LayoutError(ConfigError):

@@ -12,11 +12,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from data_prep.spec import STRICT, DataSettings, Float, Int, Mixture, Positive, PositiveInt, TokenizerSpec
+from launcher.config.hardware import Hardware, Name, NonNegative
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
-NonNegative = Annotated[Float, Field(ge=0.0, allow_inf_nan=False)]
 Probability = Annotated[Float, Field(ge=0.0, lt=1.0)]
 
 
@@ -119,17 +118,29 @@ class StageSettings:
 
 @dataclass(config=STRICT, frozen=True)
 class Layout:
-    """How a step is spread over the ranks. The data-parallel size is derived: world size / (tp * pp * cp)."""
+    """How a step is spread over the ranks. The data-parallel size is derived: world size / (tp * pp * cp).
+
+    Layers lie evenly over the pipeline, but for a first and a last stage with a number of their own, or with the embedding or
+    the loss counted as a layer (`account_for_..._in_pipeline_split`), which makes room for them. `recompute_modules` are what
+    `recompute: selective` computes again (not "layernorm": without transformer-engine megatron-core 0.16.1 fails on it, with it
+    nothing is gained). `tp_comm_overlap` hides tensor-parallel communication behind GEMMs (transformer-engine's user buffers);
+    it takes effect on GPUs with sequence parallelism."""
 
     _: KW_ONLY
     tp: PositiveInt
     pp: PositiveInt
     vpp: PositiveInt
+    num_layers_in_first_pipeline_stage: PositiveInt | None
+    num_layers_in_last_pipeline_stage: PositiveInt | None
+    account_for_embedding_in_pipeline_split: bool
+    account_for_loss_in_pipeline_split: bool
     cp: PositiveInt
     cp_comm_type: Literal["p2p", "a2a", "all_gather"]
     sequence_parallel: bool
     micro_batch_size: PositiveInt
     recompute: Literal["none", "selective", "full"]
+    recompute_modules: tuple[Literal["core_attn", "mlp"], ...]
+    tp_comm_overlap: bool
     distributed_optimizer: bool
     overlap_grad_reduce: bool
     overlap_param_gather: bool
@@ -172,16 +183,36 @@ class Optim:
 
 @dataclass(config=STRICT, frozen=True)
 class Network:
-    """Bandwidths a GPU sees, one direction, in GB/s: inside the node and between nodes."""
+    """What a GPU sees of it, one direction, in GB/s: inside the node (null: what the device has) and between nodes.
+
+    `rail_optimized`: GPUs of the same place in their nodes share a switch, so that only groups of more than `nodes_per_pod`
+    nodes cross the core, where `oversubscription` ports share one; otherwise all traffic between nodes crosses it."""
 
     _: KW_ONLY
-    intra_node_gb_per_s: Positive
+    intra_node_gb_per_s: Positive | None
     inter_node_gb_per_s: Positive
+    rail_optimized: bool
+    nodes_per_pod: PositiveInt
+    oversubscription: Annotated[Float, Field(ge=1.0, allow_inf_nan=False)]
+
+
+@dataclass(config=STRICT, frozen=True)
+class Operations:
+    """What running there costs and how often it breaks: what a plan makes of step times. `gpu_hours_between_failures` is of one
+    GPU with its share of everything that can stop a job; `restart_s` from a failure to the next step, the lost steps apart;
+    `checkpoint_gb_per_s` of the whole file system while the job writes."""
+
+    _: KW_ONLY
+    usd_per_gpu_hour: NonNegative | None
+    gpu_hours_between_failures: Positive
+    restart_s: NonNegative
+    checkpoint_gb_per_s: Positive
 
 
 @dataclass(config=STRICT, frozen=True)
 class Cluster:
-    """Where ranks run. `gpu: null` means CPU ranks over gloo, `gpus_per_node` of them. `master_port: null` takes a free one.
+    """Where ranks run. `gpu` names a file of model_configs/hardware; null means CPU ranks over gloo, `gpus_per_node` of them,
+    of which no time is predicted. `master_port: null` takes a free one.
     Slurm's own fields are passed to sbatch as they are."""
 
     _: KW_ONLY
@@ -189,7 +220,7 @@ class Cluster:
     kind: Literal["local", "slurm"]
     num_nodes: PositiveInt
     gpus_per_node: PositiveInt
-    gpu: Literal["h100_sxm", "h200_sxm"] | None
+    gpu: Name | None
     master_port: Annotated[Int, Field(ge=1024, lt=65536)] | None
     timeout_s: PositiveInt
     partition: str | None
@@ -199,6 +230,7 @@ class Cluster:
     setup: tuple[str, ...]
     env: dict[str, str]
     network: Network | None
+    operations: Operations | None
 
     @property
     def world_size(self) -> int:
@@ -241,14 +273,15 @@ class StageConfig:
 
 @dataclass(config=STRICT, frozen=True)
 class RunConfig:
-    """The whole frozen config, as `config.yaml` of the run directory holds it."""
+    """The whole frozen config, as `config.yaml` of the run directory holds it. `hardware` is what `cluster.gpu` names."""
 
     _: KW_ONLY
-    schema_version: Literal[3]
+    schema_version: Literal[4]
     run: RunSettings
     model: ModelConfig
     tokenizer: TokenizerSpec
     cluster: Cluster
+    hardware: Hardware | None
     monitor: Monitor
     data: DataSettings
     stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)]

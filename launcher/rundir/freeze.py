@@ -10,6 +10,7 @@ import yaml  # type: ignore[import-untyped]
 
 from launcher.config.check import check_run
 from launcher.config.errors import ConfigError, Problem
+from launcher.config.hardware import read_hardware
 from launcher.config.schema import SCHEMA_VERSION, RunConfig, StageConfig
 from launcher.config.validate import dump_run, shown, validate_run
 from launcher.plan.document import plan_document
@@ -27,6 +28,7 @@ from launcher.rundir.records import append_record, read_json, write_atomic, writ
 UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: lambda tree: add_reading(tree),
     2: lambda tree: add_preparing(tree),
+    3: lambda tree: add_planning(tree),
 }
 STAGE_TOKENS = re.compile(r"stages\.[^.]+\.stage\.tokens$")
 HEADER = "# Frozen by phidias {version}. Ranks read this file; change it by overrides to `phidias train`, not by hand.\n"
@@ -172,6 +174,27 @@ def add_preparing(tree: dict[str, Any]) -> dict[str, Any]:
     """Schema 2 to 3: how shards were made before it could be said."""
     preparing: dict[str, Any] = dict(num_machines=1, max_row_mib=32, shuffle_mib=0, oracle_fraction=0.0, dropped_samples=0)
     return {**tree, "data": {**preparing, **tree["data"]}}
+
+
+def add_planning(tree: dict[str, Any]) -> dict[str, Any]:
+    """Schema 3 to 4: what the planner knows of devices and clusters, and fields of layouts that had one value only."""
+    cluster, network = tree["cluster"], tree["cluster"]["network"]
+    if network is not None:
+        network = {**network, "rail_optimized": True, "nodes_per_pod": 32, "oversubscription": 1.0}
+    layout: dict[str, Any] = dict(
+        num_layers_in_first_pipeline_stage=None,
+        num_layers_in_last_pipeline_stage=None,
+        account_for_embedding_in_pipeline_split=False,
+        account_for_loss_in_pipeline_split=False,
+        recompute_modules=["core_attn"],
+        tp_comm_overlap=False,
+    )
+    return {
+        **tree,
+        "cluster": {**cluster, "network": network, "operations": None},
+        "hardware": read_hardware(cluster["gpu"]) if cluster["gpu"] else None,
+        "stages": [{**stage, "layout": {**layout, **stage["layout"]}} for stage in tree["stages"]],
+    }
 
 
 def _write(run: RunDir, *, config: RunConfig, prepared: Prepared) -> None:

@@ -54,15 +54,14 @@ TRANSFORMER_DEFAULTS = {
         is_hybrid_model mamba_state_dim mamba_head_dim mamba_num_groups mamba_num_heads use_mamba_mem_eff_path
         heterogeneous_block_specs hetereogenous_dist_checkpoint""",
     "training.initialize draws the weights": "embedding_init_method_std init_model_with_meta_device",
-    "pipeline stages of equal size, in Megatron's depth-first order": """
-        num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage pipeline_model_parallel_layout
-        account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split microbatch_group_size_per_vp_stage""",
+    "stages as four numbers of the layout say, in Megatron's depth-first order": """
+        pipeline_model_parallel_layout microbatch_group_size_per_vp_stage""",
     "transport of pipelines: torch's own send and receive, NCCL, the synchronisation that megatron holds necessary": """
         pipeline_model_parallel_comm_backend use_ring_exchange_p2p batch_p2p_sync overlap_p2p_comm_warmup_flush""",
     "one level of context parallelism over sequences of equal length": """
         hierarchical_context_parallel_sizes max_seqlen_per_dp_cp_rank hybrid_context_parallel""",
-    "tensor-parallel communication is not overlapped: it needs user buffers of transformer-engine": """
-        tp_comm_overlap tp_comm_bulk_wgrad tp_comm_bulk_dgrad tp_comm_overlap_ag tp_comm_overlap_rs tp_comm_overlap_rs_dgrad
+    "how tensor-parallel communication overlaps, where it does, is transformer-engine's usual way": """
+        tp_comm_bulk_wgrad tp_comm_bulk_dgrad tp_comm_overlap_ag tp_comm_overlap_rs tp_comm_overlap_rs_dgrad
         tp_comm_split_ag tp_comm_atomic_ag tp_comm_split_rs tp_comm_atomic_rs tp_comm_overlap_disable_qkv
         tp_comm_overlap_disable_fc1 tp_comm_bootstrap_backend symmetric_ar_type""",
     "deprecated, ignored by megatron": "async_tensor_model_parallel_allreduce fp8_interval",

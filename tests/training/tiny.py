@@ -14,8 +14,10 @@ MODEL = dict(
     attention_bias=False, mlp_bias=False,
 )  # fmt: skip
 LAYOUT = dict(
-    tp=1, pp=1, vpp=1, cp=1, cp_comm_type="p2p",
-    sequence_parallel=False, micro_batch_size=1, recompute="none", distributed_optimizer=True,
+    tp=1, pp=1, vpp=1, num_layers_in_first_pipeline_stage=None, num_layers_in_last_pipeline_stage=None,
+    account_for_embedding_in_pipeline_split=False, account_for_loss_in_pipeline_split=False, cp=1, cp_comm_type="p2p",
+    sequence_parallel=False, micro_batch_size=1, recompute="none", recompute_modules=["core_attn"],
+    tp_comm_overlap=False, distributed_optimizer=True,
     overlap_grad_reduce=False, overlap_param_gather=False,
 )  # fmt: skip
 PRECISION = dict(
@@ -47,7 +49,7 @@ def run_config(root: Path, *, ranks: int = 1, stages: list[dict[str, Any]] | Non
     """A frozen config under `root` with one CPU rank per `ranks`."""
     stages = stages or [stage_config()]
     config = dict(
-        schema_version=3,
+        schema_version=4,
         run=dict(
             name="tiny", seed=7, runs_dir=str(root / "runs"), data_dir=str(root / "data"),
             stages=[stage["stage"]["name"] for stage in stages],
@@ -57,7 +59,9 @@ def run_config(root: Path, *, ranks: int = 1, stages: list[dict[str, Any]] | Non
         cluster=dict(
             name="local", kind="local", num_nodes=1, gpus_per_node=ranks, gpu=None, master_port=None, timeout_s=120,
             partition=None, account=None, time_limit=None, container=None, setup=[], env={}, network=None,
+            operations=None,
         ),
+        hardware=None,
         monitor=dict(log_interval=1, console="plain", tensorboard=False,
                      wandb=dict(mode="disabled", project="phidias", entity=None, group=None)),
         data=dict(
