@@ -51,10 +51,35 @@ def norm_parameters(model: ModelConfig) -> int:
 def count_by_stage(model: ModelConfig, *, layout: Layout) -> list[ParameterCount]:
     """Parameters on one rank of each pipeline stage, first stage first. A tied table lies on the first and the last one."""
     table = model.padded_vocab_size // layout.tp * model.hidden_size
-    layers = model.num_layers // layout.pp * layer_parameters(model, tp=layout.tp)
+    layer = layer_parameters(model, tp=layout.tp)
     head = norm_parameters(model) + (0 if model.tied_embeddings and layout.pp == 1 else table)
-    stages = range(layout.pp)
-    return [ParameterCount(table if i == 0 else 0, layers, head if i == layout.pp - 1 else 0) for i in stages]
+    layers = layers_by_stage(model.num_layers, layout=layout)
+    return [
+        ParameterCount(table if i == 0 else 0, count * layer, head if i == layout.pp - 1 else 0)
+        for i, count in enumerate(layers)
+    ]
+
+
+def layers_by_chunk(num_layers: int, *, layout: Layout) -> list[list[int]]:
+    """Layers of each chunk of each pipeline stage, [stage][chunk], first stage first: equally many, but for a first and a last
+    stage that have their own number, and less one where the embedding or the loss counts as a layer (Megatron's
+    get_num_layers_to_build). What does not divide is rounded down: launcher.config.check refuses it."""
+    first, last = layout.num_layers_in_first_pipeline_stage, layout.num_layers_in_last_pipeline_stage
+    embedding, loss = layout.account_for_embedding_in_pipeline_split, layout.account_for_loss_in_pipeline_split
+    between = layout.pp - (first is not None) - (last is not None)
+    share = (num_layers + embedding + loss - (first or 0) - (last or 0)) // max(1, between)
+    stages = [share if layout.pp > 1 else num_layers + embedding + loss] * layout.pp
+    if layout.pp > 1:
+        stages[0], stages[-1] = first or share, last or share
+    chunks = [[count // layout.vpp] * layout.vpp for count in stages]
+    chunks[0][0] -= embedding
+    chunks[-1][-1] -= loss
+    return chunks
+
+
+def layers_by_stage(num_layers: int, *, layout: Layout) -> list[int]:
+    """Layers of each pipeline stage, first stage first."""
+    return [sum(chunks) for chunks in layers_by_chunk(num_layers, layout=layout)]
 
 
 def flops_per_token(model: ModelConfig, *, seq_length: int) -> dict[str, float]:
@@ -71,7 +96,12 @@ def flops_per_token(model: ModelConfig, *, seq_length: int) -> dict[str, float]:
 
 def matrix_parameters(model: ModelConfig) -> Iterable[int]:
     """Weights that a token is multiplied with: the layers' matrices and the output matrix, not the embedding look-up."""
+    yield model.num_layers * layer_matrices(model)
+    yield model.padded_vocab_size * model.hidden_size
+
+
+def layer_matrices(model: ModelConfig) -> int:
+    """Weights of the four matrices of a layer."""
     qkv = (model.num_attention_heads + 2 * model.num_query_groups) * model.kv_channels
     ffn = (3 if model.activation == "swiglu" else 2) * model.ffn_hidden_size
-    yield model.num_layers * model.hidden_size * (qkv + model.num_attention_heads * model.kv_channels + ffn)
-    yield model.padded_vocab_size * model.hidden_size
+    return model.hidden_size * (qkv + model.num_attention_heads * model.kv_channels + ffn)
