@@ -7,13 +7,15 @@ from typing import Any
 from data_prep.mixing import PhaseRow, mean_shares
 from data_prep.order import SLOTS
 from launcher.config.reading import Sizes, Tables, assumed_sizes, plan_tables
-from launcher.config.schema import RunConfig, StageConfig
+from launcher.config.schema import Layout, RunConfig, StageConfig
 from launcher.plan.parameters import count_by_stage, count_parameters, flops_per_token
+from launcher.plan.predict import predict_stage
 from launcher.plan.stage import bubble_fraction, plan_stage
 
 
 def plan_document(config: RunConfig, *, sizes: Sizes | None = None, tables: Tables | None = None) -> list[dict[str, Any]]:
-    """What each selected stage comes to. `refusals` is empty: a config that does not fit is refused before it gets here.
+    """What each selected stage comes to, predictions among it; null where the cluster has no GPUs. `refusals` says why a stage
+    should not be started: it does not fit its GPUs. What breaks a rule of the config is refused before it gets here.
 
     `sizes`: what manifests say; `tables`: the phases a run has recorded. AmountError where epochs have no size yet."""
     known = {**assumed_sizes(config), **(sizes or {})}
@@ -24,6 +26,7 @@ def plan_document(config: RunConfig, *, sizes: Sizes | None = None, tables: Tabl
 def _stage_document(stage: StageConfig, *, config: RunConfig, rows: Sequence[PhaseRow]) -> dict[str, Any]:
     plan, layout = plan_stage(stage, cluster=config.cluster), stage.layout
     dp = plan.data_parallel_size
+    prediction = predict_stage(stage, config=config, plan=plan)
     return {
         "run": config.run.name,
         "stage": stage.stage.name,
@@ -33,7 +36,7 @@ def _stage_document(stage: StageConfig, *, config: RunConfig, rows: Sequence[Pha
         "flops_per_token": flops_per_token(config.model, seq_length=stage.stage.seq_length),
         "cluster": config.cluster.name,
         "world_size": config.cluster.world_size,
-        "layout": {"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, "cp": layout.cp, "dp": dp},
+        "layout": {"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, "cp": layout.cp, "dp": dp, **rest_of_layout(layout)},
         "precision": stage.precision.name,
         "seq_length": stage.stage.seq_length,
         "rotary_base": stage.stage.rotary_base,
@@ -44,8 +47,12 @@ def _stage_document(stage: StageConfig, *, config: RunConfig, rows: Sequence[Pha
         "bubble_fraction": bubble_fraction(layout, num_microbatches=plan.num_microbatches),
         "sources": mean_shares(rows, num_samples=plan.num_samples),
         "phases": [_phase_document(row, seq_length=stage.stage.seq_length) for row in rows],
-        "refusals": [],
+        **prediction,
     }
+
+
+def rest_of_layout(layout: Layout) -> dict[str, Any]:
+    return {name: value for name, value in asdict(layout).items() if name not in ("tp", "pp", "vpp", "cp")}
 
 
 def _phase_document(row: PhaseRow, *, seq_length: int) -> dict[str, Any]:

@@ -1,25 +1,31 @@
 """`phidias plan` and `phidias exposure` for people."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
-from launcher.config.reading import Sizes
 from launcher.config.schema import ModelConfig, RunConfig
-from launcher.plan.document import plan_document
 from launcher.plan.exposure import Exposure
 from launcher.plan.parameters import count_parameters
+from launcher.plan.prediction_page import print_prediction
+from launcher.plan.search import Found
 
 UNITS = (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3))
 UNKNOWN = "–"
 
 
-def print_plan(config: RunConfig, *, sizes: Sizes | None = None, console: Console | None = None) -> None:
+def print_plan(
+    config: RunConfig,
+    *,
+    stages: Sequence[dict[str, Any]],
+    found: Mapping[str, Found] | None = None,
+    console: Console | None = None,
+) -> None:
+    """The page: `stages` is the plan document, `found` what layout=auto weighed."""
     console = console or Console(highlight=False)
-    stages = plan_document(config, sizes=sizes)
     table = Table(
         title=f"[bold]{config.run.name}[/]: {model_line(config.model)}", title_justify="left", box=None, pad_edge=False
     )
@@ -30,6 +36,10 @@ def print_plan(config: RunConfig, *, sizes: Sizes | None = None, console: Consol
     for rows in zip(*columns, strict=True):
         table.add_row(f"[dim]{rows[0][0]}[/]", *(value for _, value in rows))
     console.print(Panel.fit(table, border_style="dim"))
+    for stage in stages:
+        print_prediction(stage, found=(found or {}).get(stage["stage"]), console=console)
+        for refusal in stage["refusals"]:
+            console.print(f"[bold red]refused[/] (stage {stage['stage']}): {refusal}")
 
 
 def model_line(model: ModelConfig) -> str:
@@ -52,7 +62,9 @@ def stage_lines(stage: dict[str, Any]) -> Iterable[tuple[str, str]]:
     yield "cluster", f"{stage['cluster']}, {stage['world_size']:,} ranks"
     yield "layout", " ".join(f"{name}{layout[name]}" for name in ("tp", "pp", "vpp", "cp", "dp"))
     yield "microbatches", f"{stage['num_microbatches']} of {stage['micro_batch_size']}"
+    yield "recomputed", ", ".join(layout["recompute_modules"]) if layout["recompute"] == "selective" else layout["recompute"]
     yield "pipeline bubble", f"{stage['bubble_fraction']:.1%}"
+    yield from predicted_lines(stage)
     yield "parameters/rank", " ".join(short(count) for count in stage["params_by_pipeline_stage"])
     yield "FLOPs/token", ", ".join(f"{short(flops[name], flop=True)} {name}" for name in ("full", "causal", "sixn"))
     yield "warm-up", f"{stage['warmup_steps']:,} steps"
@@ -60,6 +72,31 @@ def stage_lines(stage: dict[str, Any]) -> Iterable[tuple[str, str]]:
         yield label, f"every {max(1, round(samples / stage['global_batch_size'])):,} steps"
     yield "sources", ", ".join(f"{name} {share:.4g}" for name, share in stage["sources"].items())
     yield "mixture phases", " ".join(["from 0", *(short(phase["start_tokens"]) for phase in stage["phases"][1:])])
+
+
+def predicted_lines(stage: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    """Speed, memory, time and cost; a dash each on CPU ranks, of which no speed is known."""
+    memory, goodput = stage["memory_gib"], stage["goodput"]
+    known = stage["step_time_s"] is not None
+    capacity = f" of {memory['capacity']:.1f}" if memory["capacity"] else ""
+    yield (
+        "memory/GPU" if known else "memory/rank",
+        f"{memory['peak']:.1f}{capacity} GiB" if known else f"{memory['peak']:.2f} GiB",
+    )
+    if not known:
+        yield "speed", "not predicted on CPU ranks"
+        return
+    tflops = stage["model_tflops_per_gpu"]
+    yield "step", f"{stage['step_time_s']:.3f} s"
+    yield "[bold]tokens/s/GPU[/]", f"[bold]{stage['tokens_per_s_per_gpu']:,.0f}[/]"
+    yield "TFLOP/s/GPU", ", ".join(f"{tflops[name]:.0f} {name}" for name in ("full", "causal", "sixn"))
+    yield "MFU (causal)", f"{stage['mfu']:.1%} of {stage['mfu_peak_tflops']:,.0f}"
+    cost = "" if stage["cost_usd"] is None else f", ${stage['cost_usd']:,.0f}"
+    yield "[bold]days[/]", f"[bold]{stage['days']:.1f}[/], {short(stage['gpu_hours'])} GPU-hours{cost}"
+    if goodput:
+        yield "goodput", f"{goodput['goodput']:.1%}, a failure every {goodput['failure_interval_s'] / 3600:.0f} h"
+        interval, optimum = goodput["interval_s"] / 60, goodput["optimum_interval_s"] / 60
+        yield "checkpoint", f"{goodput['checkpoint_s']:.1f} s every {interval:.0f} min; best {optimum:.0f} min"
 
 
 def print_exposure(config: RunConfig, *, rows: Sequence[Exposure], console: Console | None = None) -> None:

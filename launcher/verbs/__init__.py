@@ -14,10 +14,11 @@ class Verb:
 
 
 VERBS = {
-    "plan": Verb("[overrides] [out=json]", "what each stage comes to: steps, layout, parameters, FLOPs", True),
+    "plan": Verb("[overrides] [out=json] [picture=FILE]", "what each stage comes to: memory, speed, days and cost", True),
     "exposure": Verb("[overrides] [out=json]", "how often each source is read over the run", True),
     "data": Verb("[overrides] [dry=true] [action=verify|import]", "turn raw text into shards, or verify them", True),
     "train": Verb("[overrides]", "train the stages of a run on this machine; goes on where it stopped", True),
+    "calibrate": Verb("[run ...] [rows=TABLE.csv] out=FOLDER [name=site]", "fit the planner to measured runs", False),
     "export": Verb("<run> [stage=X] [prompt=TEXT]", "write a Hugging Face checkpoint", False),
     "report": Verb("<run>", "write report.html of a run", False),
     "status": Verb("[run ...] [out=json]", "where runs stand", False),

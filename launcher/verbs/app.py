@@ -5,12 +5,14 @@ import gc
 import importlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import blake2b
 from typing import Any
 
 import hydra
+from hydra._internal.hydra import Hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -19,6 +21,7 @@ from omegaconf import DictConfig
 from launcher.config.compose import COMPOSITION_ERRORS, CONFIG_DIR, PER_STAGE, SHARED, compose_run, hydra_session
 from launcher.config.errors import ConfigError, Problem
 from launcher.config.schema import RunConfig
+from launcher.plan.planner import Planner
 from launcher.verbs import VERBS
 from launcher.verbs.guard import guard
 from launcher.verbs.request import Request, take_options
@@ -26,7 +29,7 @@ from launcher.verbs.request import Request, take_options
 HASH_CHARACTERS = 6
 SECTIONS = {*SHARED, *PER_STAGE, "hydra"}
 # Written down: importing every verb to ask it would take longer than the verb itself.
-OPTION_OWNERS = {"out": ("plan", "exposure"), "dry": ("data",), "action": ("data",), "engine": ("data",)}
+OPTION_OWNERS = {"out": ("plan", "exposure"), "picture": ("plan",), "dry": ("data",), "action": ("data",), "engine": ("data",)}
 
 
 def run_config_verb(verb: str, *, words: Sequence[str]) -> int:
@@ -70,17 +73,33 @@ def call_hydra(task: Any, *, verb: str, words: Sequence[str]) -> None:
     os.environ |= {"PHIDIAS_VERB": usage, "HYDRA_FULL_ERROR": "1"}
     sys.argv = [f"phidias {verb}", *words]
     try:
-        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")(task)()
+        with mode_known(words):
+            hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")(task)()
     finally:
         os.environ["HYDRA_FULL_ERROR"], sys.argv = before[0] or "0", before[1]
+
+
+@contextmanager
+def mode_known(words: Sequence[str]) -> Iterator[None]:
+    """Hydra composes the whole config once only to look up hydra.mode, a fifth of the verb's time. Where no word sets it, it is
+    not set: -m alone decides."""
+    look_up = Hydra.get_mode
+    if not any("hydra.mode" in word for word in words):
+        setattr(Hydra, "get_mode", lambda self, **_: None)  # noqa: B010  (mypy refuses the plain assignment)
+    try:
+        yield
+    finally:
+        setattr(Hydra, "get_mode", look_up)  # noqa: B010
 
 
 def compose_request(base: DictConfig, *, options: dict[str, str]) -> Request:
     settings = HydraConfig.get()
     overrides, in_sweep = tuple(settings.overrides.task), settings.mode == RunMode.MULTIRUN
-    config = compose_run(overrides, base=base)
+    planner = Planner()
+    config = compose_run(overrides, base=base, planner=planner)
     gc.enable()  # launcher.cli switched it off for the start
-    return Request(named_in_sweep(config, overrides=overrides) if in_sweep else config, overrides, options, in_sweep)
+    named = named_in_sweep(config, overrides=overrides) if in_sweep else config
+    return Request(named, overrides, options, in_sweep, planner.found)
 
 
 def named_in_sweep(config: RunConfig, *, overrides: Sequence[str]) -> RunConfig:

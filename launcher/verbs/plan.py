@@ -1,20 +1,46 @@
-"""phidias plan: what each stage comes to, before anything is written."""
+"""phidias plan: what each stage comes to, before anything is taken: steps, memory, speed, days and cost.
+
+out=json prints it as data; picture=plan.html (or .svg, .png) draws a step and the memory of each pipeline stage. A stage that
+does not fit its GPUs is shown and refused: exit code 2.
+"""
 
 import json
+import sys
+from pathlib import Path
+from typing import Any
 
 from launcher.plan.document import plan_document
+from launcher.plan.planner import check_fits
 from launcher.plan.prepared import known_sizes
+from launcher.rundir.exits import ExitClass
 from launcher.verbs.request import Request
 
-OPTIONS = {"out": ("json",)}
+OPTIONS: dict[str, tuple[str, ...]] = {"out": ("json",), "picture": ()}
 
 
 def act(request: Request) -> int:
     sizes = known_sizes(request.config)
+    stages = plan_document(request.config, sizes=sizes)
     if request.wants_json:
-        print(json.dumps(plan_document(request.config, sizes=sizes), indent=None if request.in_sweep else 1))
-        return 0
-    from launcher.plan.page import print_plan
+        print(json.dumps(stages, indent=None if request.in_sweep else 1))
+    else:
+        print_page(request, stages=stages, sizes=sizes)
+    if picture := request.options.get("picture"):
+        draw(Path(picture), stages=stages)
+    check_fits(request.config)
+    return ExitClass.DONE
 
-    print_plan(request.config, sizes=sizes)
-    return 0
+
+def print_page(request: Request, *, stages: list[dict[str, Any]], sizes: Any) -> None:
+    from launcher.plan.exposure import plan_exposure
+    from launcher.plan.page import print_exposure, print_plan
+
+    print_plan(request.config, stages=stages, found=request.found)
+    print_exposure(request.config, rows=plan_exposure(request.config, sizes=sizes))
+
+
+def draw(path: Path, *, stages: list[dict[str, Any]]) -> None:
+    from launcher.report.plan_page import write_plan_page
+
+    write_plan_page(path, stages)
+    print(f"drawn: {path}", file=sys.stderr)

@@ -2,20 +2,23 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from launcher.config.errors import ConfigError, Problem
 from launcher.config.schema import RunConfig
+from launcher.plan.search import Found
 
 
 @dataclass(frozen=True)
 class Request:
-    """One call of a config verb. `overrides` are the words the config was composed from; `in_sweep`: one job of -m."""
+    """One call of a config verb. `overrides` are the words the config was composed from; `in_sweep`: one job of -m; `found`:
+    what the planner weighed for layout=auto, by stage."""
 
     config: RunConfig
     overrides: tuple[str, ...]
     options: Mapping[str, str]
     in_sweep: bool
+    found: Mapping[str, Found] = field(default_factory=dict)
 
     @property
     def wants_json(self) -> bool:
@@ -23,14 +26,14 @@ class Request:
 
 
 def take_options(words: Sequence[str], *, allowed: Mapping[str, Sequence[str]]) -> tuple[list[str], dict[str, str]]:
-    """Splits the verb's own key=value options from the other words. `allowed`: the values each option may have."""
+    """Splits the verb's own key=value options from the other words. `allowed`: the values each option may have, none: any."""
     rest, options = [], {}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or key not in allowed:
             rest.append(word)
             continue
-        if value not in allowed[key]:
+        if allowed[key] and value not in allowed[key]:
             raise ConfigError(Problem(key, repr(value), f"it is one of {', '.join(allowed[key])}", f"{key}={allowed[key][0]}"))
         options[key] = value
     return rest, options

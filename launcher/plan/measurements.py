@@ -1,0 +1,125 @@
+"""Measured runs to calibrate with, from a table (CSV) whose columns are named as the config's fields are.
+
+Columns: model, num_layers, hidden_size, num_attention_heads, num_query_groups, ffn_hidden_size, gated (yes | no), vocab_size,
+gpu (a name of model_configs/hardware), num_gpus, global_batch_size (sequences), micro_batch_size, seq_length, tp, pp, cp, vpp,
+precision (a name of model_configs/precision), tokens_per_s_per_gpu, source; optionally recompute (none | full), kv_channels and
+weight. Rows are taken as well-run ones: sequence parallelism with tensor parallelism, everything overlapped.
+"""
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from launcher.config.auto import LAYOUT_PLACEHOLDER
+from launcher.config.errors import ConfigError, Problem
+from launcher.config.files import read_file
+from launcher.config.hardware import Hardware, read_hardware
+from launcher.config.schema import Cluster, Layout, ModelConfig, Precision, StageConfig
+from launcher.plan.calibrate import Measurement
+from launcher.plan.search import counts_ends
+
+# What a table of speeds does not say and a prediction does not depend on.
+OPTIM = dict(
+    lr=1e-4, min_lr=0.0, warmup_tokens=0.0, schedule="linear", weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8, clip_grad=1.0
+)
+MIXTURE = {"name": "measured", "sources": {"text": {"inputs": ["measured"], "format": "text", "share": 1.0}}}
+GPUS_PER_NODE, PORT_GB_PER_S, TABLE_MULTIPLE = 8, 50.0, 128
+MODELS, STAGES, CLUSTERS = TypeAdapter(ModelConfig), TypeAdapter(StageConfig), TypeAdapter(Cluster)
+DEVICES = TypeAdapter(Hardware)
+
+Row = Mapping[str, str]
+
+
+def read_table(path: Path, *, folders: Sequence[Path] = ()) -> list[Measurement]:
+    """A measurement a row. ConfigError with every row that cannot be read, by its line; OSError where there is no table."""
+    found, problems = [], []
+    with path.open(newline="") as file:
+        for line, row in enumerate(csv.DictReader(file), start=2):
+            try:
+                found.append(measurement(row, folders=folders))
+            except (KeyError, ValueError, ValidationError, ConfigError) as error:
+                said = f"no column {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+                rule = "a row has the columns that launcher/plan/measurements.py lists"
+                problems.append(Problem(f"{path}, line {line}", said, rule, "correct the row, or leave it out"))
+    if problems:
+        raise ConfigError(*problems)
+    return found
+
+
+def measurement(row: Row, *, folders: Sequence[Path] = ()) -> Measurement:
+    world = int(row["num_gpus"])
+    layout = layout_of(row)
+    unit = int(row["micro_batch_size"]) * world // layout.model_parallel_size if world % layout.model_parallel_size == 0 else 0
+    if unit == 0 or int(row["global_batch_size"]) % unit:
+        raise ValueError(f"{world} GPUs and a batch of {row['global_batch_size']} that the layout does not divide")
+    precision = Precision(**read_file("precision", row["precision"], folders=folders, path="precision"))
+    settings = stage_settings(int(row["seq_length"]), batch=int(row["global_batch_size"]))
+    stage = dict(stage=settings, layout=layout, precision=precision, optim=OPTIM, mixture=MIXTURE)
+    return Measurement(
+        name=describe_row(row),
+        stage=STAGES.validate_python(stage),
+        model=MODELS.validate_python(model_of(row)),
+        cluster=CLUSTERS.validate_python(cluster_of(row["gpu"], world=world)),
+        hardware=DEVICES.validate_python(read_hardware(row["gpu"], folders=folders)),
+        tokens_per_s_per_gpu=float(row["tokens_per_s_per_gpu"]),
+        weight=float(row.get("weight") or 1.0),
+    )
+
+
+def describe_row(row: Row) -> str:
+    parallel = " ".join(f"{name}{row[name]}" for name in ("tp", "pp", "cp", "vpp") if row[name] not in ("", "1"))
+    return f"{row['model']} {row['precision']} {row['num_gpus']} {row['gpu']} {row['seq_length']} {parallel}".strip()
+
+
+def model_of(row: Row) -> dict[str, Any]:
+    hidden, heads = int(row["hidden_size"]), int(row["num_attention_heads"])
+    vocabulary = int(row["vocab_size"])
+    squared = "nemotron" in row["model"].lower()
+    padded = -(-vocabulary // (TABLE_MULTIPLE * int(row["tp"]))) * TABLE_MULTIPLE * int(row["tp"])
+    return dict(
+        name="measured", family=None, num_layers=int(row["num_layers"]), hidden_size=hidden, num_attention_heads=heads,
+        num_query_groups=int(row["num_query_groups"]), kv_channels=int(row.get("kv_channels") or hidden // heads),
+        ffn_hidden_size=int(row["ffn_hidden_size"]),
+        activation="swiglu" if row["gated"] == "yes" else "squared_relu" if squared else "gelu",
+        normalization="rmsnorm", vocab_size=vocabulary, padded_vocab_size=padded, tied_embeddings=False,
+        layernorm_epsilon=1e-5, init_method_std=0.02, hidden_dropout=0.0, attention_dropout=0.0, attention_bias=False,
+        mlp_bias=False,
+    )  # fmt: skip
+
+
+def layout_of(row: Row) -> Layout:
+    tp, pp, vpp, layers = int(row["tp"]), int(row["pp"]), int(row["vpp"] or 1), int(row["num_layers"])
+    counted = counts_ends(layers, pp=pp, vpp=vpp)
+    if layers % (pp * vpp) and not counted:
+        raise ValueError(f"{layers} layers over pp {pp} x vpp {vpp}")
+    changes = dict(
+        tp=tp, pp=pp, vpp=vpp, cp=int(row["cp"] or 1), micro_batch_size=int(row["micro_batch_size"]), sequence_parallel=tp > 1,
+        recompute=row.get("recompute") or "none", account_for_embedding_in_pipeline_split=counted,
+        account_for_loss_in_pipeline_split=counted, recompute_modules=("mlp",),
+        num_layers_in_first_pipeline_stage=None, num_layers_in_last_pipeline_stage=None,
+    )  # fmt: skip
+    return Layout(**{**LAYOUT_PLACEHOLDER, **changes})
+
+
+def stage_settings(seq_length: int, *, batch: int) -> dict[str, Any]:
+    return dict(
+        name="measured", seq_length=seq_length, global_batch_size=batch, rampup_batch_size=None,
+        tokens=float(seq_length * batch), rotary_base=10000, init_from=None, replay_from_tokens=None,
+        reset_attention_mask=False, reset_position_ids=False, eod_mask_loss=False, validation=dict(interval_tokens=1e9, max_tokens=seq_length),
+        checkpoint=dict(interval_tokens=1e9, keep_last=1),
+    )  # fmt: skip
+
+
+def cluster_of(gpu: str, *, world: int) -> dict[str, Any]:
+    """A DGX-like cluster: eight GPUs a node, one 400 Gb/s port each, rails."""
+    network = dict(
+        intra_node_gb_per_s=None, inter_node_gb_per_s=PORT_GB_PER_S, rail_optimized=True, nodes_per_pod=32, oversubscription=1.0
+    )
+    return dict(
+        name="measured", kind="slurm", num_nodes=-(-world // GPUS_PER_NODE), gpus_per_node=min(world, GPUS_PER_NODE), gpu=gpu,
+        master_port=None, timeout_s=600, partition=None, account=None, time_limit=None, container=None, setup=(), env={},
+        network=network, operations=None,
+    )  # fmt: skip

@@ -1,0 +1,142 @@
+"""What a stage will do on its cluster: speed, memory, days and cost, as plain data for the plan document."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+from launcher.config.schema import RunConfig, StageConfig
+from launcher.plan.estimate import Estimator
+from launcher.plan.goodput import Goodput, plan_goodput
+from launcher.plan.memory import GIB, Memory, StageMemory
+from launcher.plan.parameters import count_parameters, flops_per_token
+from launcher.plan.rehearsed import read_rehearsals
+from launcher.plan.search import COMPONENTS
+from launcher.plan.stage import StagePlan
+from launcher.plan.timing import StepTime, Timing
+
+# Bytes a parameter in a checkpoint that training can go on from: fp32 weights and both moments, and the weights as they
+# compute.
+CHECKPOINT_BYTES = 12
+UNPREDICTED = (
+    "step_time_s",
+    "tokens_per_s",
+    "tokens_per_s_per_gpu",
+    "model_tflops_per_gpu",
+    "mfu",
+    "mfu_peak_tflops",
+    "time_s",
+    "gemms",
+    "pipeline",
+    "bubble_s",
+    "days",
+    "gpu_hours",
+    "cost_usd",
+    "goodput",
+    "checkpoint_s_per_step",
+    "hardware",
+    "rehearsals",
+)
+
+
+def predict_stage(stage: StageConfig, *, config: RunConfig, plan: StagePlan) -> dict[str, Any]:
+    """Keys of the plan document. On CPU ranks only memory is worked out: nothing is known of their speed."""
+    hardware = config.hardware
+    if hardware is None:
+        memory = Memory(stage, model=config.model, cluster=config.cluster)
+        return {**dict.fromkeys(UNPREDICTED), "memory_gib": memory_document(memory, capacity=None), "refusals": []}
+    estimator = Estimator(stage, config.model, config.cluster, hardware)
+    timing, memory = estimator.timing(stage.layout, stage.precision), estimator.memory(stage.layout, stage.precision)
+    step_s, world = timing.step.total, config.cluster.world_size
+    tokens_per_s = plan.tokens_per_step / step_s
+    flops = flops_per_token(config.model, seq_length=stage.stage.seq_length)
+    tflops = {name: value * tokens_per_s / world / 1e12 for name, value in flops.items()}
+    peak = estimator.device.peak_tflops("fp8" if stage.precision.fp8 else timing.layer.plain)
+    interval_s = plan.checkpoint_samples * stage.stage.seq_length / tokens_per_s
+    written = count_parameters(config.model).total * (CHECKPOINT_BYTES + timing.layer.width)
+    goodput = plan_goodput(config.cluster, checkpoint_bytes=written, interval_s=interval_s)
+    return {
+        "hardware": hardware.name,
+        "step_time_s": step_s,
+        "tokens_per_s": tokens_per_s,
+        "tokens_per_s_per_gpu": tokens_per_s / world,
+        "model_tflops_per_gpu": tflops,
+        "mfu": tflops["causal"] / peak,
+        "mfu_peak_tflops": peak,
+        "time_s": time_document(timing.step),
+        "gemms": gemm_rows(timing, num_layers=config.model.num_layers),
+        "pipeline": asdict(timing.pipeline),
+        "bubble_s": timing.step.bubble,
+        "memory_gib": memory_document(memory, capacity=hardware.memory_gib),
+        **duration(step_s, plan=plan, config=config, goodput=goodput),
+        "rehearsals": read_rehearsals(config, stage=stage),
+        "refusals": refusals(memory, capacity=hardware.memory_gib),
+    }
+
+
+def time_document(step: StepTime) -> dict[str, float]:
+    """Seconds of a step by component; data is read ahead, and waits for nothing."""
+    return {**{COMPONENTS[field.name]: getattr(step, field.name) for field in fields(step)}, "data": 0.0}
+
+
+def gemm_rows(timing: Timing, *, num_layers: int) -> list[dict[str, Any]]:
+    """Each matrix product of a layer and of the LM head: shape on one rank, precision, seconds and TFLOP/s of one."""
+    precision, layer = timing.stage.precision, timing.layer
+    shared = list(layer.gemms(compute="fp8" if precision.fp8 else layer.plain))
+    return [
+        {"name": gemm.name, "m": gemm.m, "n": gemm.n, "k": gemm.k, "precision": gemm.compute, "seconds": gemm.seconds,
+         "tflops": gemm.tflops}
+        for _, gemm in [*shared, *layer.head_gemms()]
+    ]  # fmt: skip
+
+
+def memory_document(memory: Memory, *, capacity: float | None) -> dict[str, Any]:
+    return {
+        "peak": memory.peak.total / GIB,
+        "capacity": capacity,
+        "by_component": in_gib(memory.peak.by_component),
+        "by_stage": [stage_document(stage) for stage in memory.stages],
+    }
+
+
+def stage_document(stage: StageMemory) -> dict[str, Any]:
+    return {"stage": stage.stage, "total": stage.total / GIB, "by_component": in_gib(stage.by_component)}
+
+
+def in_gib(sizes: Mapping[str, float]) -> dict[str, float]:
+    return {name: size / GIB for name, size in sizes.items()}
+
+
+def duration(step_s: float, *, plan: StagePlan, config: RunConfig, goodput: Goodput | None) -> dict[str, Any]:
+    """Days of the stage at its checkpoints and failures, GPU-hours and what they cost. A ramp's smaller batches are taken to
+    train as many tokens a second."""
+    cluster = config.cluster
+    tokens = plan.num_samples / plan.batches[-1].size
+    train_s = tokens * step_s
+    wall_s = train_s / goodput.goodput if goodput and goodput.goodput else train_s
+    gpu_hours = wall_s / 3600 * cluster.world_size
+    price = cluster.operations.usd_per_gpu_hour if cluster.operations else None
+    interval_steps = plan.checkpoint_samples / plan.batches[-1].size
+    return {
+        "days": wall_s / 86400,
+        "gpu_hours": gpu_hours,
+        "cost_usd": None if price is None else gpu_hours * price,
+        "goodput": None if goodput is None else asdict(goodput),
+        "checkpoint_s_per_step": None if goodput is None else goodput.checkpoint_s / interval_steps,
+    }
+
+
+def refusals(memory: Memory, *, capacity: float) -> list[str]:
+    """Why the stage must not be started. More than the device has is refused; what comes near is for the page to say."""
+    problem = too_large(memory, capacity=capacity)
+    return [f"found {problem[0]}; {problem[1]}"] if problem else []
+
+
+def too_large(memory: Memory, *, capacity: float) -> tuple[str, str] | None:
+    """What was found and the rule, where a GPU of some pipeline stage would need more than it has. GiB."""
+    peak = memory.peak
+    if peak.total / GIB <= capacity:
+        return None
+    largest = sorted(peak.by_component.items(), key=lambda item: -item[1])[:3]
+    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest)
+    found = f"pipeline stage {peak.stage} needs {peak.total / GIB:.1f} GiB a GPU ({parts}, ...)"
+    return found, f"a GPU has {capacity:.1f} GiB"

@@ -1,0 +1,360 @@
+"""layout=auto: every layout that a stage could have on a cluster, and the fastest ones that fit.
+
+Branch and bound: candidates are ordered by a lower bound of their step (the layers' work alone), and looked at in that order
+until the bound passes the tenth best. Memory must leave a margin. Recomputation is only tried where nothing less fits.
+"""
+
+from bisect import insort
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from heapq import heapify, heappop
+
+from launcher.config.auto import LAYOUT_PLACEHOLDER, PRECISION_PLACEHOLDER, Free
+from launcher.config.errors import ConfigError, LayoutError, Problem
+from launcher.config.files import read_file
+from launcher.config.hardware import Hardware
+from launcher.config.schema import Layout, ModelConfig, Precision, RunConfig, StageConfig
+from launcher.plan.estimate import Estimator
+from launcher.plan.memory import SAFETY_MARGIN
+from launcher.plan.parameters import layers_by_stage
+from launcher.plan.timing import StepTime
+
+SHOWN = 10
+MICRO_BATCHES = (1, 2, 4, 8)
+CONTEXT_PARALLEL = (1, 2, 4, 8, 16, 32, 64)
+# Virtual stages of a pipeline in all, and of one rank: more are never the fastest.
+MAX_CHUNKS, MAX_VIRTUAL = 128, 20
+# Tokens of the shortest chunk of context parallelism worth its communication.
+MIN_CHUNK = 512
+# From what costs nothing to what costs most; recomputing "core_attn" beside flash attention saves nothing (activations.py).
+RECOMPUTATION: tuple[tuple[str, tuple[str, ...]], ...] = (("none", ("mlp",)), ("selective", ("mlp",)), ("full", ("mlp",)))
+PRECISIONS = ("bf16", "fp8_delayed", "fp8_tensorwise", "fp8_blockwise")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout that fits, with its step and the GiB of its fullest GPU."""
+
+    layout: Layout
+    precision: Precision
+    step: StepTime
+    seconds: float
+    memory_gib: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best ones, first the fastest; how many there were, and how many of those looked at did not fit. `least`: the one that
+    needs the least memory, of those looked at, and its GiB."""
+
+    best: tuple[Candidate, ...]
+    num_candidates: int
+    num_too_large: int
+    least: tuple[Layout, float] | None
+
+
+Pair = tuple[Layout, Precision]
+
+
+def search(stage: StageConfig, *, config: RunConfig, hardware: Hardware, free: Free, shown: int = SHOWN) -> Found:
+    """The fastest layouts of a stage, `shown` of them, with the fields that are not free as they are."""
+    estimator = Estimator(stage, config.model, config.cluster, hardware)
+    capacity = hardware.memory_gib * (1 - SAFETY_MARGIN)
+    queue = [
+        (bound(layout, precision, estimator=estimator), index, layout, precision)
+        for index, (layout, precision) in enumerate(candidates(stage, config=config, hardware=hardware, free=free))
+    ]
+    heapify(queue)
+    count, too_large = len(queue), 0
+    best: list[Candidate] = []
+    least: tuple[Layout, float] | None = None
+    fitted: set[tuple[object, ...]] = set()
+    while queue:
+        lower, _, layout, precision = heappop(queue)
+        if len(best) == shown and lower > best[-1].seconds:
+            break
+        same = (without_recomputation(layout), precision)
+        if layout.recompute != "none" and same in fitted and "recompute" in free.layout:
+            continue  # it fits without computing as much again
+        memory = estimator.memory(layout, precision).peak_gib
+        if least is None or memory < least[1]:
+            least = (layout, memory)
+        if memory > capacity:
+            too_large += 1
+            continue
+        fitted.add(same)
+        step = estimator.timing(layout, precision).step
+        insort(best, Candidate(layout, precision, step, step.total, memory), key=lambda candidate: candidate.seconds)
+        del best[shown:]
+    return Found(tuple(best), count, too_large, least)
+
+
+NOT_RECOMPUTATION = [field.name for field in fields(Layout) if not field.name.startswith("recompute")]
+
+
+def without_recomputation(layout: Layout) -> tuple[object, ...]:
+    return tuple(getattr(layout, name) for name in NOT_RECOMPUTATION)
+
+
+def bound(layout: Layout, precision: Precision, *, estimator: Estimator) -> float:
+    """Seconds that a step takes at least: the layers of the largest pipeline stage, and the filling and draining of the
+    pipeline by the smallest one."""
+    passes = estimator.layer(layout, precision).layer()
+    dp = estimator.cluster.world_size // layout.model_parallel_size
+    num_microbatches = estimator.stage.stage.global_batch_size // (layout.micro_batch_size * dp)
+    layers = layers_by_stage(estimator.model.num_layers, layout=layout)
+    filling = (layout.pp - 1) * min(layers) / layout.vpp
+    # A layer in bf16 takes longer than one in FP8, never less.
+    return (num_microbatches * max(layers) + filling) * (passes.forward.total + passes.backward.total)
+
+
+def candidates(stage: StageConfig, *, config: RunConfig, hardware: Hardware, free: Free) -> Iterator[Pair]:
+    """Every layout and precision that Megatron and the device accept."""
+    precisions = list(precision_choices(stage, hardware=hardware, free=free))
+    for layout in layout_choices(stage, config=config, free=free):
+        for precision in precisions:
+            if fp8_fits(layout, precision, stage=stage, model=config.model):
+                yield layout, precision
+
+
+def layout_choices(stage: StageConfig, *, config: RunConfig, free: Free) -> Iterator[Layout]:
+    """Nested choices, each of those that divide what is left."""
+    given, model, settings, world = stage.layout, config.model, stage.stage, config.cluster.world_size
+
+    def choices(name: str, values: Sequence[int]) -> Sequence[int]:
+        return values if name in free.layout else (getattr(given, name),)
+
+    for tp in choices("tp", tensor_sizes(model, node=domain(config))):
+        for cp in choices("cp", context_sizes(settings.seq_length, tp=tp)):
+            for pp in choices("pp", [n for n in range(1, model.num_layers + 1) if world % (tp * cp * n) == 0]):
+                if world % (tp * cp * pp) or (pp > 1 and not splits(model.num_layers, pp=pp, vpp=1, given=given)):
+                    continue
+                dp = world // (tp * cp * pp)
+                for micro in choices("micro_batch_size", MICRO_BATCHES):
+                    if settings.global_batch_size % (micro * dp) or packed_too_wide(stage, micro=micro):
+                        continue
+                    num_microbatches = settings.global_batch_size // (micro * dp)
+                    for vpp in choices("vpp", virtual_sizes(model.num_layers, pp=pp, num_microbatches=num_microbatches)):
+                        if vpp > 1 and (num_microbatches % pp or not splits(model.num_layers, pp=pp, vpp=vpp, given=given)):
+                            continue
+                        if ramp_fits(stage, unit=micro * dp * (pp if vpp > 1 else 1)):
+                            yield from variants(given, free=free, tp=tp, cp=cp, pp=pp, vpp=vpp, micro=micro, model=model)
+
+
+def variants(
+    given: Layout, *, free: Free, tp: int, cp: int, pp: int, vpp: int, micro: int, model: ModelConfig
+) -> Iterator[Layout]:
+    """What is left to choose: sequence parallelism wherever it is possible, the way of context parallelism, recomputation."""
+    kept = {name: getattr(given, name) for name in LAYOUT_PLACEHOLDER if name not in free.layout}
+    chosen = dict(tp=tp, cp=cp, pp=pp, vpp=vpp, micro_batch_size=micro, sequence_parallel=tp > 1)
+    heads = max(1, model.num_query_groups // tp), model.num_attention_heads // tp
+    ways = ["p2p"] if cp == 1 or any(count % cp for count in heads) else ["p2p", "a2a"]
+    split_by_layers = counts_ends(model.num_layers, pp=pp, vpp=vpp)
+    recomputations = [choice for choice in RECOMPUTATION if not (choice[0] == "selective" and model.mlp_bias)]
+    for way in ways if "cp_comm_type" in free.layout else [given.cp_comm_type]:
+        for recompute, modules in (
+            recomputations if "recompute" in free.layout else [(given.recompute, given.recompute_modules)]
+        ):
+            changes = {
+                **LAYOUT_PLACEHOLDER,
+                "recompute": recompute,
+                "recompute_modules": modules,
+                "cp_comm_type": way,
+                "account_for_embedding_in_pipeline_split": split_by_layers,
+                "account_for_loss_in_pipeline_split": split_by_layers,
+                **chosen,
+                **kept,
+            }
+            yield replace(given, **changes)
+
+
+def tensor_sizes(model: ModelConfig, *, node: int) -> list[int]:
+    """Inside a node: what divides heads, FFN and vocabulary, and comes out even with the groups."""
+    split = (model.num_attention_heads, model.ffn_hidden_size, model.padded_vocab_size)
+    groups = model.num_query_groups
+    return [n for n in range(1, node + 1) if all(size % n == 0 for size in split) and (groups % n == 0 or n % groups == 0)]
+
+
+def context_sizes(seq_length: int, *, tp: int) -> list[int]:
+    return [
+        cp for cp in CONTEXT_PARALLEL if cp == 1 or (seq_length % (2 * cp * tp) == 0 and seq_length // (2 * cp) >= MIN_CHUNK)
+    ]
+
+
+def virtual_sizes(num_layers: int, *, pp: int, num_microbatches: int) -> list[int]:
+    if pp == 1 or num_microbatches % pp:
+        return [1]
+    return [
+        vpp
+        for vpp in range(1, min(MAX_VIRTUAL, MAX_CHUNKS // pp) + 1)
+        if num_layers % (pp * vpp) == 0 or counts_ends(num_layers, pp=pp, vpp=vpp)
+    ]
+
+
+def counts_ends(num_layers: int, *, pp: int, vpp: int) -> bool:
+    """Whether layers come out even with the embedding and the loss counted as layers, and not without."""
+    return pp > 1 and num_layers % (pp * vpp) != 0 and (num_layers + 2) % (pp * vpp) == 0
+
+
+def splits(num_layers: int, *, pp: int, vpp: int, given: Layout) -> bool:
+    """Whether the pipeline's stages come out even, with a first and last stage of the numbers that are given."""
+    own = [given.num_layers_in_first_pipeline_stage, given.num_layers_in_last_pipeline_stage]
+    if not any(own):
+        return num_layers % (pp * vpp) == 0 or counts_ends(num_layers, pp=pp, vpp=vpp)
+    set_ones = [count for count in own if count]
+    rest, between = num_layers - sum(set_ones), pp - len(set_ones)
+    return between > 0 and rest > 0 and rest % (between * vpp) == 0 and all(count % vpp == 0 for count in set_ones)
+
+
+def packed_too_wide(stage: StageConfig, *, micro: int) -> bool:
+    """Packed sequences of GPUs take one row (launcher.config.check.check_masks)."""
+    return stage.stage.reset_attention_mask and micro > 1
+
+
+def ramp_fits(stage: StageConfig, *, unit: int) -> bool:
+    ramp = stage.stage.rampup_batch_size
+    return ramp is None or (ramp.start % unit == 0 and ramp.increment % unit == 0)
+
+
+def domain(config: RunConfig) -> int:
+    """GPUs that speak over NVLink: tensor parallelism stays among them."""
+    hardware = config.hardware
+    return min(16, (hardware.nvlink_domain if hardware else None) or config.cluster.gpus_per_node)
+
+
+def precision_choices(stage: StageConfig, *, hardware: Hardware, free: Free) -> Iterator[Precision]:
+    """With precision=auto bf16 and each FP8 recipe that the device has; FP8 weights gathered as they are, or in bf16."""
+    if not free.precision:
+        yield stage.precision
+        return
+    kept = {name: getattr(stage.precision, name) for name in PRECISION_PLACEHOLDER if name not in free.precision}
+    kept |= {name: value for name in ("fp8", "fp8_format") if (value := getattr(stage.precision, name)) is not None}
+    for file in PRECISIONS:
+        tree = read_file("precision", file, path="precision")
+        if tree["fp8"] and tree["fp8"] not in hardware.fp8:
+            continue
+        if any(tree[name] != value for name, value in kept.items() if name in ("fp8", "params_dtype")):
+            continue
+        for gathers in (False, True) if tree["fp8"] else (False,):
+            yield Precision(**{**tree, "fp8_param_gather": gathers, **kept})
+
+
+def fp8_fits(layout: Layout, precision: Precision, *, stage: StageConfig, model: ModelConfig) -> bool:
+    """transformer-engine's multiples, and bf16 layers within one pipeline stage (launcher.config.check_precision)."""
+    if not precision.fp8:
+        return True
+    unit = 128 if precision.fp8 == "blockwise" else 16
+    groups, heads = max(1, model.num_query_groups // layout.tp), model.num_attention_heads // layout.tp
+    tokens = layout.micro_batch_size * stage.stage.seq_length // layout.cp
+    sizes = (model.hidden_size, (heads + 2 * groups) * model.kv_channels, heads * model.kv_channels, tokens)
+    if any(size % unit for size in (*sizes, model.ffn_hidden_size // layout.tp)):
+        return False
+    layers = layers_by_stage(model.num_layers, layout=layout)
+    return precision.num_layers_at_start_in_bf16 <= layers[0] and precision.num_layers_at_end_in_bf16 <= layers[-1]
+
+
+def why_slower(candidate: Candidate, *, best: Candidate) -> str:
+    """Where the time went that the best layout does not take, the largest parts first."""
+    losses = {field.name: getattr(candidate.step, field.name) - getattr(best.step, field.name) for field in fields(StepTime)}
+    worst = sorted(losses.items(), key=lambda item: -item[1])[:2]
+    return ", ".join(f"{COMPONENTS[name]} +{seconds * 1e3:.0f} ms" for name, seconds in worst if seconds > 0.0005) or "as fast"
+
+
+COMPONENTS = {
+    "gemm": "GEMM",
+    "attention": "attention",
+    "memory": "memory-bound",
+    "host": "waiting for the host",
+    "tp": "TP exposed",
+    "cp": "CP exposed",
+    "pp": "PP exposed",
+    "contention": "slowed by hidden communication",
+    "bubble": "bubble",
+    "dp": "DP exposed",
+    "optimizer": "optimizer",
+    "other": "other",
+    "slowest_gpu": "slowest GPU",
+}
+
+
+# Choosing for a whole run.
+
+
+def choose_layouts(
+    config: RunConfig, free: Mapping[str, Free], *, on_found: Callable[[str, Found], None] | None = None
+) -> RunConfig:
+    """The run with every free field of its stages settled. LayoutError where no layout fits."""
+    stages = []
+    for stage in config.stages:
+        left = free.get(stage.stage.name, Free())
+        stages.append(choose_stage(stage, config=config, free=left, on_found=on_found) if left else stage)
+    return replace(config, stages=tuple(stages))
+
+
+def choose_stage(
+    stage: StageConfig, *, config: RunConfig, free: Free, on_found: Callable[[str, Found], None] | None
+) -> StageConfig:
+    name = stage.stage.name
+    if config.hardware is None:
+        rule = f"the planner chooses by the device's figures, and cluster {config.cluster.name} has CPU ranks"
+        raise ConfigError(Problem(f"layout (stage {name})", "auto", rule, "name a layout, or a cluster with GPUs"))
+    found = search(stage, config=config, hardware=config.hardware, free=free)
+    if not found.best:
+        raise LayoutError(nothing_fits(found, stage=stage, config=config, hardware=config.hardware))
+    if on_found:
+        on_found(name, found)
+    return replace(stage, layout=found.best[0].layout, precision=found.best[0].precision)
+
+
+def nothing_fits(found: Found, *, stage: StageConfig, config: RunConfig, hardware: Hardware) -> Problem:
+    path = f"layout (stage {stage.stage.name})"
+    if found.least is None:
+        cluster, batch = config.cluster, stage.stage.global_batch_size
+        rule = (
+            f"tp * cp * pp must divide the {cluster.world_size} GPUs of {cluster.name}, what is left the batch of {batch}, "
+            "and tp the model's heads, FFN and vocabulary, pp its layers"
+        )
+        return Problem(path, "no layout", rule, "another stage.global_batch_size or cluster.num_nodes, or fewer fields set")
+    layout, memory = found.least
+    room = f"{hardware.memory_gib:.1f} GiB less {SAFETY_MARGIN:.0%}"
+    rule = f"a layout must fit {room}; the least of {found.num_candidates} needs {memory:.1f} ({describe(layout)})"
+    return Problem(path, f"none that fits {hardware.name}", rule, "more GPUs or larger ones, or a shorter sequence")
+
+
+# What an engineer assumes of a layout unless told otherwise.
+USUAL = {**LAYOUT_PLACEHOLDER, "recompute_modules": ("mlp",)}
+
+
+def describe(layout: Layout, *, than: Layout | None = None) -> str:
+    """The overrides that make a layout, of what differs from another one."""
+    words = []
+    for field in fields(layout):
+        value = getattr(layout, field.name)
+        if value != (USUAL.get(field.name) if than is None else getattr(than, field.name)):
+            text = {None: "null", True: "true", False: "false"}.get(value) if isinstance(value, bool | None) else None
+            text = text or ("[" + ",".join(value) + "]" if isinstance(value, tuple) else str(value))
+            words.append(f"layout.{field.name}={text}")
+    return " ".join(words)
+
+
+SEARCHED = frozenset(LAYOUT_PLACEHOLDER)
+SIZES = ("tp", "pp", "cp", "vpp", "micro_batch_size")
+
+
+def nearest_layout(stage: StageConfig, *, config: RunConfig) -> Layout | None:
+    """The layout that fits and differs the least from the stage's: fewest fields, then the nearest sizes."""
+    if config.hardware is None:
+        return None
+    estimator = Estimator(stage, config.model, config.cluster, config.hardware)
+    capacity = config.hardware.memory_gib * (1 - SAFETY_MARGIN)
+    found = candidates(stage, config=config, hardware=config.hardware, free=Free(SEARCHED))
+    for layout, precision in sorted(found, key=lambda pair: distance(pair[0], stage.layout)):
+        if estimator.memory(layout, precision).peak_gib <= capacity:
+            return layout
+    return None
+
+
+def distance(layout: Layout, other: Layout) -> tuple[int, float]:
+    changed = sum(getattr(layout, field.name) != getattr(other, field.name) for field in fields(layout))
+    ratios = [max(a, b) / min(a, b) for a, b in ((getattr(layout, name), getattr(other, name)) for name in SIZES)]
+    return changed, sum(ratios)
