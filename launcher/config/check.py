@@ -81,6 +81,9 @@ def check_cluster(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             "cluster.num_nodes", str(cluster.num_nodes), "kind local is this machine alone", "1, or cluster.kind=slurm"
         )
+    if cluster.gpu and cluster.num_nodes > 1 and cluster.network is None:
+        rule = f"{cluster.num_nodes} nodes speak over a network, whose bandwidth the plan needs"
+        yield Problem("cluster.network", "null", rule, "its figures; model_configs/cluster/slurm_h100.yaml has an example")
 
 
 def check_data(config: RunConfig) -> Iterator[Problem]:

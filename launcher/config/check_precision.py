@@ -25,11 +25,13 @@ def check_fp8_fields(stage: StageConfig, *, config: RunConfig) -> Iterator[Probl
 def check_bf16_layers(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
     """Layers kept in bf16 lie in the first and the last pipeline stage; delayed scaling has none (megatron-core 0.16.1)."""
     layout = stage.layout
-    shared = config.model.num_layers // layout.pp
+    counted = layout.account_for_embedding_in_pipeline_split, layout.account_for_loss_in_pipeline_split
+    shared = (config.model.num_layers + sum(counted)) // layout.pp
     own = {"start": layout.num_layers_in_first_pipeline_stage, "end": layout.num_layers_in_last_pipeline_stage}
     for field in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
         count = getattr(stage.precision, field)
-        per_stage = own["start" if "start" in field else "end"] or shared
+        at = "start" if "start" in field else "end"
+        per_stage = own[at] or shared - counted[at == "end"]
         if count and stage.precision.fp8 == "delayed":
             rule = "delayed scaling keeps no layers in bf16"
             yield Problem(f"precision.{field}", str(count), rule, f"precision.{field}=0, or fp8_tensorwise")

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -33,6 +34,7 @@ COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
 # Said without a stage, these would give every stage the first one's batch, learning rate or text. `layout=file` is let through:
 # a layout that does not fit a stage is refused by its own checks.
 BELONGS_TO_A_STAGE = re.compile(r"layout\.|optim(\.|$)|mixture(\.|$)")
+FOLDER = re.compile(r"file://([^,\]'\"]+)")
 
 Tree = dict[str, Any]
 
@@ -67,7 +69,7 @@ def compose_run(
             tree, bare = compose_tree(words, base=base)
         except COMPOSITION_ERRORS as error:
             raise explain(error, overrides=words) from error
-        tree["hardware"] = hardware_of(tree)
+        tree["hardware"] = hardware_of(tree, words=words)
     free = {}
     for index, stage in enumerate(tree["stages"]):
         tree["stages"][index], left = take_free(stage)
@@ -92,15 +94,18 @@ def chosen(config: RunConfig, *, free: Mapping[str, Free], planner: Plans | None
     return planner.choose(config, free)
 
 
-def hardware_of(tree: Tree) -> Tree | None:
-    """The device that cluster.gpu names, from the folders on Hydra's search path."""
+def hardware_of(tree: Tree, *, words: Sequence[str]) -> Tree | None:
+    """The device that cluster.gpu names, from the folders on Hydra's search path, of overrides too."""
     cluster = tree.get("cluster")
     name = cluster.get("gpu") if isinstance(cluster, dict) else None
     if not isinstance(name, str):
         return None
     paths = GlobalHydra.instance().config_loader().get_search_path().get_path()
-    folders = [Path(entry.path.removeprefix("file://")) for entry in paths if entry.path.startswith("file://")]
-    return read_hardware(name, folders=folders)
+    named = [folder for word in words if override_key(word) == "hydra.searchpath" for folder in FOLDER.findall(word)]
+    if HydraConfig.initialized():
+        named += [str(entry).removeprefix("file://") for entry in HydraConfig.get().searchpath]
+    folders = [*named, *(entry.path.removeprefix("file://") for entry in paths if entry.path.startswith("file://"))]
+    return read_hardware(name, folders=[Path(folder) for folder in folders])
 
 
 def validate_with(tree: Tree, *, bare: Sequence[Problem]) -> RunConfig:

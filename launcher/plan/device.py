@@ -80,7 +80,8 @@ class Device:
             tiles = -(-m // TILE_M) * -(-n // TILE_N)
             waves = (tiles + self.num_sms / 2) / tiles
             fill = 1 + FILL_BYTES / (BYTES[compute] * k)
-            arithmetic = 2.0 * m * n * k / self.gemm_flops[compute] * waves * fill
+            # A tile at the border is computed whole.
+            arithmetic = 2.0 * tiles * TILE_M * TILE_N * k / self.gemm_flops[compute] * waves * fill
             traffic = (BYTES[compute] * k * (m + n) + output_bytes * m * n) / self.memory_bytes_per_s
             self._gemms[key] = max(arithmetic, traffic)
         return self._gemms[key]

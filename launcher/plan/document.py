@@ -8,6 +8,7 @@ from data_prep.mixing import PhaseRow, mean_shares
 from data_prep.order import SLOTS
 from launcher.config.reading import Sizes, Tables, assumed_sizes, plan_tables
 from launcher.config.schema import Layout, RunConfig, StageConfig
+from launcher.plan.exposure import plan_exposure
 from launcher.plan.parameters import count_by_stage, count_parameters, flops_per_token
 from launcher.plan.predict import predict_stage
 from launcher.plan.stage import bubble_fraction, plan_stage
@@ -20,10 +21,13 @@ def plan_document(config: RunConfig, *, sizes: Sizes | None = None, tables: Tabl
     `sizes`: what manifests say; `tables`: the phases a run has recorded. AmountError where epochs have no size yet."""
     known = {**assumed_sizes(config), **(sizes or {})}
     rows = {**plan_tables(config, sizes=known), **(tables or {})}
-    return [_stage_document(stage, config=config, rows=rows[stage.stage.name]) for stage in config.stages]
+    read = [asdict(row) for row in plan_exposure(config, sizes=known, tables=rows)]
+    return [_stage_document(stage, config=config, rows=rows[stage.stage.name], exposure=read) for stage in config.stages]
 
 
-def _stage_document(stage: StageConfig, *, config: RunConfig, rows: Sequence[PhaseRow]) -> dict[str, Any]:
+def _stage_document(
+    stage: StageConfig, *, config: RunConfig, rows: Sequence[PhaseRow], exposure: list[dict[str, Any]]
+) -> dict[str, Any]:
     plan, layout = plan_stage(stage, cluster=config.cluster), stage.layout
     dp = plan.data_parallel_size
     prediction = predict_stage(stage, config=config, plan=plan)
@@ -46,6 +50,8 @@ def _stage_document(stage: StageConfig, *, config: RunConfig, rows: Sequence[Pha
         **{key: value for key, value in asdict(plan).items() if key != "data_parallel_size"},
         "bubble_fraction": bubble_fraction(layout, num_microbatches=plan.num_microbatches),
         "sources": mean_shares(rows, num_samples=plan.num_samples),
+        # Over all stages planned, of the sources that this one reads.
+        "exposure": [row for row in exposure if row["source"] in stage.mixture.sources],
         "phases": [_phase_document(row, seq_length=stage.stage.seq_length) for row in rows],
         **prediction,
     }

@@ -22,6 +22,7 @@ class Estimator:
     cluster: Cluster
     hardware: Hardware
     _layers: dict[Key, LayerCost] = field(default_factory=dict)
+    _seconds: dict[Key, float] = field(default_factory=dict)
     _activations: dict[Key, ActivationBytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -42,6 +43,14 @@ class Estimator:
                 fabric=self.fabric,
             )
         return self._layers[key]
+
+    def layer_s(self, layout: Layout, precision: Precision) -> float:
+        """Seconds of one layer, forward and backward."""
+        key = layer_key(layout, precision)
+        if key not in self._seconds:
+            passes = self.layer(layout, precision).layer()
+            self._seconds[key] = passes.forward.total + passes.backward.total
+        return self._seconds[key]
 
     def timing(self, layout: Layout, precision: Precision) -> Timing:
         stage, layer = self.with_layout(layout, precision), self.layer(layout, precision)

@@ -41,8 +41,9 @@ class Fabric:
         if size * stride <= self.node_size or size == 1:
             return Link(self.inside, NVLINK_HOP_S, False)
         per_node = max(1, self.node_size // stride)
-        nodes = -(-size // per_node)
-        port = self.port / (self.oversubscription if nodes > self.pod else 1.0)
+        # Neighbours far apart cross the core, however few they are.
+        span = -(-size * stride // self.node_size)
+        port = self.port / (self.oversubscription if span > self.pod else 1.0)
         return Link(min(self.inside, per_node * port), NETWORK_HOP_S, True)
 
     def ring_s(self, num_bytes: float, *, size: int, link: Link, messages: int = 1) -> float:

@@ -8,6 +8,7 @@ from rich.console import Console, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 
+from launcher.config.schema import Layout
 from launcher.plan.search import Found, describe, why_slower
 
 # Components under so much of a step, or so many GiB, share a line.
@@ -20,10 +21,11 @@ def print_prediction(stage: Mapping[str, Any], *, found: Found | None, console: 
     if stage["step_time_s"] is not None:
         tables = [time_table(stage), *tables, gemm_table(stage["gemms"])]
     console.print(Panel(Columns(tables, padding=(0, 3)), title=f"[bold]{stage['stage']}[/]", border_style="dim", expand=False))
-    if found is not None and len(found.best) > 1:
-        console.print(
-            Panel(found_table(found), title=f"[bold]{stage['stage']}: layout=auto[/]", border_style="dim", expand=False)
-        )
+    if found is not None:
+        best = found.best[0]
+        title = f"[bold]{stage['stage']}: layout=auto[/]"
+        console.print(Panel(found_table(found), title=title, border_style="dim", expand=False))
+        console.print(f"  chosen: {describe(best.layout)} precision={best.precision.name}", soft_wrap=True)
     for row in stage["rehearsals"] or []:
         found_out = f"{row['microbatch_s'] * 1e3:.1f} ms a microbatch, {row['peak_gib']:.1f} GiB"
         console.print(f"  rehearsed {row['date']}, pipeline stage {row['pipeline_stage']}: {found_out}")
@@ -82,11 +84,21 @@ def found_table(found: Found) -> Table:
     title = f"best of {found.num_candidates:,}; {found.num_too_large:,} of those looked at did not fit"
     table = plain_table(title, "step s", "GiB", "loses", align="left")
     for candidate in found.best:
-        precision = candidate.precision.name + (" + FP8 gather" if candidate.precision.fp8_param_gather else "")
-        words = f"{describe(candidate.layout).replace('layout.', '')} {precision}"
+        words = f"{in_short(candidate.layout)} {candidate.precision.name}"
+        words += " gathered" if candidate.precision.fp8_param_gather else ""
         slower = "" if candidate is best else f"+{candidate.seconds / best.seconds - 1:.1%}: {why_slower(candidate, best=best)}"
         table.add_row(words, f"{candidate.seconds:.3f}", f"{candidate.memory_gib:.1f}", slower)
     return table
+
+
+def in_short(layout: Layout) -> str:
+    """tp2 pp4 vpp5 mbs1, and what else is unusual."""
+    sizes = " ".join(f"{name}{getattr(layout, name)}" for name in ("tp", "pp", "vpp", "cp") if getattr(layout, name) > 1)
+    words = [sizes, f"mbs{layout.micro_batch_size}"]
+    words += [layout.cp_comm_type] if layout.cp > 1 and layout.cp_comm_type != "p2p" else []
+    words += [f"{layout.recompute} recompute"] if layout.recompute != "none" else []
+    words += ["ends as layers"] if layout.account_for_embedding_in_pipeline_split else []
+    return " ".join(word for word in words if word)
 
 
 def plain_table(first: str, *others: str, align: Any = "right") -> Table:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from heapq import heapify, heappop
 
 from launcher.config.auto import LAYOUT_PLACEHOLDER, PRECISION_PLACEHOLDER, Free
+from launcher.config.check_layout import LAYOUT_RULES
 from launcher.config.errors import ConfigError, LayoutError, Problem
 from launcher.config.files import read_file
 from launcher.config.hardware import Hardware
@@ -28,6 +29,7 @@ MAX_CHUNKS, MAX_VIRTUAL = 128, 20
 MIN_CHUNK = 512
 # From what costs nothing to what costs most; recomputing "core_attn" beside flash attention saves nothing (activations.py).
 RECOMPUTATION: tuple[tuple[str, tuple[str, ...]], ...] = (("none", ("mlp",)), ("selective", ("mlp",)), ("full", ("mlp",)))
+SEARCHED = frozenset(LAYOUT_PLACEHOLDER)
 PRECISIONS = ("bf16", "fp8_delayed", "fp8_tensorwise", "fp8_blockwise")
 
 
@@ -99,13 +101,12 @@ def without_recomputation(layout: Layout) -> tuple[object, ...]:
 def bound(layout: Layout, precision: Precision, *, estimator: Estimator) -> float:
     """Seconds that a step takes at least: the layers of the largest pipeline stage, and the filling and draining of the
     pipeline by the smallest one."""
-    passes = estimator.layer(layout, precision).layer()
     dp = estimator.cluster.world_size // layout.model_parallel_size
     num_microbatches = estimator.stage.stage.global_batch_size // (layout.micro_batch_size * dp)
     layers = layers_by_stage(estimator.model.num_layers, layout=layout)
     filling = (layout.pp - 1) * min(layers) / layout.vpp
     # A layer in bf16 takes longer than one in FP8, never less.
-    return (num_microbatches * max(layers) + filling) * (passes.forward.total + passes.backward.total)
+    return (num_microbatches * max(layers) + filling) * estimator.layer_s(layout, precision)
 
 
 def candidates(stage: StageConfig, *, config: RunConfig, hardware: Hardware, free: Free) -> Iterator[Pair]:
@@ -118,7 +119,22 @@ def candidates(stage: StageConfig, *, config: RunConfig, hardware: Hardware, fre
 
 
 def layout_choices(stage: StageConfig, *, config: RunConfig, free: Free) -> Iterator[Layout]:
-    """Nested choices, each of those that divide what is left."""
+    """Nested choices, each of those that divide what is left. Where some fields are set, the config's own rules have the last
+    word on what goes with them."""
+    for layout in every_layout(stage, config=config, free=free):
+        if free.layout >= SEARCHED or keeps_rules(layout, stage=stage, config=config):
+            yield layout
+
+
+def keeps_rules(layout: Layout, *, stage: StageConfig, config: RunConfig) -> bool:
+    return not rules_broken(replace(stage, layout=layout), config=config)
+
+
+def rules_broken(stage: StageConfig, *, config: RunConfig) -> list[Problem]:
+    return [problem for rule in LAYOUT_RULES for problem in rule(stage, config=config)]
+
+
+def every_layout(stage: StageConfig, *, config: RunConfig, free: Free) -> Iterator[Layout]:
     given, model, settings, world = stage.layout, config.model, stage.stage, config.cluster.world_size
 
     def choices(name: str, values: Sequence[int]) -> Sequence[int]:
@@ -127,42 +143,47 @@ def layout_choices(stage: StageConfig, *, config: RunConfig, free: Free) -> Iter
     for tp in choices("tp", tensor_sizes(model, node=domain(config))):
         for cp in choices("cp", context_sizes(settings.seq_length, tp=tp)):
             for pp in choices("pp", [n for n in range(1, model.num_layers + 1) if world % (tp * cp * n) == 0]):
-                if world % (tp * cp * pp) or (pp > 1 and not splits(model.num_layers, pp=pp, vpp=1, given=given)):
+                if world % (tp * cp * pp):
                     continue
                 dp = world // (tp * cp * pp)
                 for micro in choices("micro_batch_size", MICRO_BATCHES):
                     if settings.global_batch_size % (micro * dp) or packed_too_wide(stage, micro=micro):
                         continue
                     num_microbatches = settings.global_batch_size // (micro * dp)
-                    for vpp in choices("vpp", virtual_sizes(model.num_layers, pp=pp, num_microbatches=num_microbatches)):
-                        if vpp > 1 and (num_microbatches % pp or not splits(model.num_layers, pp=pp, vpp=vpp, given=given)):
+                    for vpp in choices("vpp", virtual_sizes(pp=pp, num_microbatches=num_microbatches)):
+                        ends = split_ends(model.num_layers, pp=pp, vpp=vpp, given=given, free=free)
+                        if ends is None or (vpp > 1 and num_microbatches % pp):
                             continue
                         if ramp_fits(stage, unit=micro * dp * (pp if vpp > 1 else 1)):
-                            yield from variants(given, free=free, tp=tp, cp=cp, pp=pp, vpp=vpp, micro=micro, model=model)
+                            sizes = dict(tp=tp, cp=cp, pp=pp, vpp=vpp, micro_batch_size=micro)
+                            yield from variants(given, free=free, sizes=sizes, ends=ends, model=model)
 
 
 def variants(
-    given: Layout, *, free: Free, tp: int, cp: int, pp: int, vpp: int, micro: int, model: ModelConfig
+    given: Layout, *, free: Free, sizes: Mapping[str, int], ends: tuple[bool, bool], model: ModelConfig
 ) -> Iterator[Layout]:
-    """What is left to choose: sequence parallelism wherever it is possible, the way of context parallelism, recomputation."""
+    """What is left to choose: sequence parallelism wherever it is possible, the way of context parallelism, recomputation;
+    every overlap that goes with what is set."""
     kept = {name: getattr(given, name) for name in LAYOUT_PLACEHOLDER if name not in free.layout}
-    chosen = dict(tp=tp, cp=cp, pp=pp, vpp=vpp, micro_batch_size=micro, sequence_parallel=tp > 1)
+    tp, cp = sizes["tp"], sizes["cp"]
     heads = max(1, model.num_query_groups // tp), model.num_attention_heads // tp
     ways = ["p2p"] if cp == 1 or any(count % cp for count in heads) else ["p2p", "a2a"]
-    split_by_layers = counts_ends(model.num_layers, pp=pp, vpp=vpp)
     recomputations = [choice for choice in RECOMPUTATION if not (choice[0] == "selective" and model.mlp_bias)]
+    if "recompute" not in free.layout:
+        recomputations = [(given.recompute, given.recompute_modules)]
+    gathers = kept.get("distributed_optimizer", True) and kept.get("overlap_grad_reduce", True)
     for way in ways if "cp_comm_type" in free.layout else [given.cp_comm_type]:
-        for recompute, modules in (
-            recomputations if "recompute" in free.layout else [(given.recompute, given.recompute_modules)]
-        ):
+        for recompute, modules in recomputations:
             changes = {
                 **LAYOUT_PLACEHOLDER,
                 "recompute": recompute,
                 "recompute_modules": modules,
                 "cp_comm_type": way,
-                "account_for_embedding_in_pipeline_split": split_by_layers,
-                "account_for_loss_in_pipeline_split": split_by_layers,
-                **chosen,
+                "account_for_embedding_in_pipeline_split": ends[0],
+                "account_for_loss_in_pipeline_split": ends[1],
+                "sequence_parallel": tp > 1,
+                "overlap_param_gather": gathers,
+                **sizes,
                 **kept,
             }
             yield replace(given, **changes)
@@ -181,29 +202,32 @@ def context_sizes(seq_length: int, *, tp: int) -> list[int]:
     ]
 
 
-def virtual_sizes(num_layers: int, *, pp: int, num_microbatches: int) -> list[int]:
+def virtual_sizes(*, pp: int, num_microbatches: int) -> Sequence[int]:
     if pp == 1 or num_microbatches % pp:
-        return [1]
-    return [
-        vpp
-        for vpp in range(1, min(MAX_VIRTUAL, MAX_CHUNKS // pp) + 1)
-        if num_layers % (pp * vpp) == 0 or counts_ends(num_layers, pp=pp, vpp=vpp)
-    ]
+        return (1,)
+    return range(1, min(MAX_VIRTUAL, MAX_CHUNKS // pp) + 1)
+
+
+def split_ends(num_layers: int, *, pp: int, vpp: int, given: Layout, free: Free) -> tuple[bool, bool] | None:
+    """Whether the embedding and the loss count as layers, so that the pipeline comes out even; None where it does not."""
+    own = [n for n in (given.num_layers_in_first_pipeline_stage, given.num_layers_in_last_pipeline_stage) if n]
+    if pp == 1:
+        return (False, False) if vpp == 1 and not own else None
+    if own:
+        rest, between = num_layers - sum(own), pp - len(own)
+        even = rest % (between * vpp) == 0 and rest >= between * vpp if between else rest == 0
+        return (False, False) if even and all(count % vpp == 0 for count in own) else None
+    names = ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
+    for ends in ((False, False), (True, True)):
+        embedding, loss = (end if name in free.layout else getattr(given, name) for name, end in zip(names, ends, strict=True))
+        if (num_layers + embedding + loss) % (pp * vpp) == 0:
+            return embedding, loss
+    return None
 
 
 def counts_ends(num_layers: int, *, pp: int, vpp: int) -> bool:
     """Whether layers come out even with the embedding and the loss counted as layers, and not without."""
     return pp > 1 and num_layers % (pp * vpp) != 0 and (num_layers + 2) % (pp * vpp) == 0
-
-
-def splits(num_layers: int, *, pp: int, vpp: int, given: Layout) -> bool:
-    """Whether the pipeline's stages come out even, with a first and last stage of the numbers that are given."""
-    own = [given.num_layers_in_first_pipeline_stage, given.num_layers_in_last_pipeline_stage]
-    if not any(own):
-        return num_layers % (pp * vpp) == 0 or counts_ends(num_layers, pp=pp, vpp=vpp)
-    set_ones = [count for count in own if count]
-    rest, between = num_layers - sum(set_ones), pp - len(set_ones)
-    return between > 0 and rest > 0 and rest % (between * vpp) == 0 and all(count % vpp == 0 for count in set_ones)
 
 
 def packed_too_wide(stage: StageConfig, *, micro: int) -> bool:
@@ -223,20 +247,20 @@ def domain(config: RunConfig) -> int:
 
 
 def precision_choices(stage: StageConfig, *, hardware: Hardware, free: Free) -> Iterator[Precision]:
-    """With precision=auto bf16 and each FP8 recipe that the device has; FP8 weights gathered as they are, or in bf16."""
+    """With precision=auto bf16 and each FP8 recipe that the device has, as their files are but for what is set. FP8 weights are
+    gathered as they are: never slower, never larger."""
     if not free.precision:
         yield stage.precision
         return
     kept = {name: getattr(stage.precision, name) for name in PRECISION_PLACEHOLDER if name not in free.precision}
     kept |= {name: value for name in ("fp8", "fp8_format") if (value := getattr(stage.precision, name)) is not None}
+    in_bf16 = kept.get("num_layers_at_start_in_bf16") or kept.get("num_layers_at_end_in_bf16")
     for file in PRECISIONS:
         tree = read_file("precision", file, path="precision")
-        if tree["fp8"] and tree["fp8"] not in hardware.fp8:
+        unlike = any(tree[name] != kept[name] for name in ("fp8", "params_dtype") if name in kept)
+        if unlike or (tree["fp8"] and tree["fp8"] not in hardware.fp8) or (tree["fp8"] == "delayed" and in_bf16):
             continue
-        if any(tree[name] != value for name, value in kept.items() if name in ("fp8", "params_dtype")):
-            continue
-        for gathers in (False, True) if tree["fp8"] else (False,):
-            yield Precision(**{**tree, "fp8_param_gather": gathers, **kept})
+        yield Precision(**{**tree, "fp8_param_gather": tree["fp8"] is not None, **kept})
 
 
 def fp8_fits(layout: Layout, precision: Precision, *, stage: StageConfig, model: ModelConfig) -> bool:
@@ -298,7 +322,14 @@ def choose_stage(
     if config.hardware is None:
         rule = f"the planner chooses by the device's figures, and cluster {config.cluster.name} has CPU ranks"
         raise ConfigError(Problem(f"layout (stage {name})", "auto", rule, "name a layout, or a cluster with GPUs"))
+    if not list(precision_choices(stage, hardware=config.hardware, free=free)):
+        rule = f"it is chosen among {', '.join(PRECISIONS)} as {config.hardware.name} computes them, with what is set kept"
+        raise ConfigError(
+            Problem(f"precision (stage {name})", "none with what is set", rule, "leave precision.* to precision=auto")
+        )
     found = search(stage, config=config, hardware=config.hardware, free=free)
+    if not found.num_candidates and free.layout < SEARCHED and (broken := rules_broken(stage, config=config)):
+        raise LayoutError(*broken)
     if not found.best:
         raise LayoutError(nothing_fits(found, stage=stage, config=config, hardware=config.hardware))
     if on_found:
@@ -337,7 +368,6 @@ def describe(layout: Layout, *, than: Layout | None = None) -> str:
     return " ".join(words)
 
 
-SEARCHED = frozenset(LAYOUT_PLACEHOLDER)
 SIZES = ("tp", "pp", "cp", "vpp", "micro_batch_size")
 
 

@@ -8,17 +8,18 @@ hardware/<device>_<name>.yaml:
     phidias plan --config-dir my_configs run=phi4 cluster.gpu=h100_sxm_site
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from rich.console import Console
 from rich.table import Table
 
 from launcher.config.errors import ConfigError, Problem
-from launcher.config.hardware import Efficiency, Hardware
+from launcher.config.hardware import Efficiency
 from launcher.plan.calibrate import Error, Measurement, errors, fit
 from launcher.plan.measurements import read_table
 from launcher.report.history import LAUNCH, read_history
@@ -39,12 +40,18 @@ def run(words: Sequence[str]) -> int:
     measured = [row for name in names for row in rows_of_run(find_run(name, runs_dir=options.get("runs_dir", RUNS_DIR)))]
     if table := options.get("rows"):
         measured += read_table(Path(table), folders=[folder])
-    hardware = common_hardware(measured)
-    fitted = fit(measured, start=hardware.efficiency)
-    before, after = errors(measured, efficiency=hardware.efficiency), errors(measured, efficiency=fitted)
-    print_errors(before, after=after, start=hardware.efficiency, fitted=fitted)
-    for path in write_files(folder, name=options.get("name", "site"), hardware=hardware, fitted=fitted, count=len(measured)):
-        print(f"written: {path}")
+    start = common_efficiency(measured)
+    name, devices = options.get("name", "site"), sorted({row.hardware.name for row in measured})
+    refuse_taken([path_of_efficiency(folder, name), *(path_of_device(folder, name, device) for device in devices)], name=name)
+    fitted = fit(measured, start=start)
+    before, after = errors(measured, efficiency=start), errors(measured, efficiency=fitted)
+    print_errors(before, after=after, start=start, fitted=fitted)
+    source = f"phidias calibrate, {date.today().isoformat()}, {len(measured)} rows, from {start.name}"
+    values = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in asdict(fitted).items()}
+    write_yaml(path_of_efficiency(folder, name), {**values, "name": name, "source": source})
+    for device in devices:
+        tree = {"defaults": [device, "_self_"], "name": f"{device}_{name}", "efficiency": name}
+        write_yaml(path_of_device(folder, name, device), tree)
     return ExitClass.DONE
 
 
@@ -72,8 +79,8 @@ def rows_of_run(run_dir: RunDir) -> Iterator[Measurement]:
             yield Measurement(name, config.stage(stage.name), config.model, config.cluster, config.hardware, speed)
 
 
-def common_hardware(measured: Sequence[Measurement]) -> Hardware:
-    """The device of all rows, or the one whose efficiency they share."""
+def common_efficiency(measured: Sequence[Measurement]) -> Efficiency:
+    """The constants that the devices of all rows share: where the fit starts."""
     if not measured:
         rule = f"a stage counts with {WARM_ROWS + MIN_ROWS} logged steps or more after its newest launch"
         raise ConfigError(Problem("rows", "no measured run", rule, "name runs that trained longer, or rows=TABLE.csv"))
@@ -81,7 +88,30 @@ def common_hardware(measured: Sequence[Measurement]) -> Hardware:
     if len(efficiencies) > 1:
         rule = "one set of constants is fitted at a time"
         raise ConfigError(Problem("rows", f"devices of {', '.join(sorted(efficiencies))}", rule, "rows of one of them"))
-    return measured[0].hardware
+    return measured[0].hardware.efficiency
+
+
+def path_of_efficiency(folder: Path, name: str) -> Path:
+    return folder / "efficiency" / f"{name}.yaml"
+
+
+def path_of_device(folder: Path, name: str, device: str) -> Path:
+    return folder / "hardware" / f"{device}_{name}.yaml"
+
+
+def refuse_taken(paths: Sequence[Path], *, name: str) -> None:
+    """A calibration that others plan with stays what it was."""
+    taken = [str(path) for path in paths if path.exists()]
+    if taken:
+        raise ConfigError(
+            Problem("name", name, f"{' and '.join(taken)} must not be overwritten", "another name=, or remove them")
+        )
+
+
+def write_yaml(path: Path, tree: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, yaml.safe_dump(dict(tree), sort_keys=False))
+    print(f"written: {path}")
 
 
 def print_errors(before: Sequence[Error], *, after: Sequence[Error], start: Efficiency, fitted: Efficiency) -> None:
@@ -96,23 +126,3 @@ def print_errors(before: Sequence[Error], *, after: Sequence[Error], start: Effi
     for name, value in asdict(fitted).items():
         if isinstance(value, float):
             console.print(f"  {name:<12} {getattr(start, name):.4g} -> {value:.4g}")
-
-
-def write_files(folder: Path, *, name: str, hardware: Hardware, fitted: Efficiency, count: int) -> Iterator[Path]:
-    """Refuses to overwrite: a calibration that others plan with stays what it was."""
-    device = f"{hardware.name}_{name}"
-    source = f"phidias calibrate, {date.today().isoformat()}, {count} rows, from {hardware.efficiency.name}"
-    values = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in asdict(fitted).items()}
-    files = {
-        folder / "efficiency" / f"{name}.yaml": {**values, "name": name, "source": source},
-        folder / "hardware" / f"{device}.yaml": {"defaults": [hardware.name, "_self_"], "name": device, "efficiency": name},
-    }
-    taken = [str(path) for path in files if path.exists()]
-    if taken:
-        raise ConfigError(
-            Problem("name", name, f"{' and '.join(taken)} must not be overwritten", "another name=, or remove them")
-        )
-    for path, tree in files.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, yaml.safe_dump(tree, sort_keys=False))
-        yield path

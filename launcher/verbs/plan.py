@@ -9,16 +9,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from launcher.config.errors import ConfigError, Problem
 from launcher.plan.document import plan_document
 from launcher.plan.planner import check_fits
 from launcher.plan.prepared import known_sizes
 from launcher.rundir.exits import ExitClass
 from launcher.verbs.request import Request
 
+FORMATS = (".html", ".svg", ".png")
 OPTIONS: dict[str, tuple[str, ...]] = {"out": ("json",), "picture": ()}
 
 
 def act(request: Request) -> int:
+    refuse_format(request.options.get("picture"))
     sizes = known_sizes(request.config)
     stages = plan_document(request.config, sizes=sizes)
     if request.wants_json:
@@ -39,8 +42,19 @@ def print_page(request: Request, *, stages: list[dict[str, Any]], sizes: Any) ->
     print_exposure(request.config, rows=plan_exposure(request.config, sizes=sizes))
 
 
+def refuse_format(picture: str | None) -> None:
+    if picture is not None and Path(picture).suffix not in FORMATS:
+        rule = "the suffix says what is drawn"
+        raise ConfigError(Problem("picture", picture, rule, f"one of {', '.join(FORMATS)}"))
+
+
 def draw(path: Path, *, stages: list[dict[str, Any]]) -> None:
+    from launcher.report.page import ReportError
     from launcher.report.plan_page import write_plan_page
 
-    write_plan_page(path, stages)
+    try:
+        write_plan_page(path, stages)
+    except ReportError as error:
+        found, _, fix = str(error).partition(" Fix: ")
+        raise ConfigError(Problem("picture", str(path), found, fix)) from error
     print(f"drawn: {path}", file=sys.stderr)

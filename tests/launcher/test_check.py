@@ -239,8 +239,9 @@ def test_layout_problems_alone_are_a_layout_error():
 
 def test_all_problems_are_reported_together():
     words = [ONE, "layout.vpp=3", "optim.min_lr=1", "model.kv_channels=31", "cluster.num_nodes=2", "stage.tokens=1"]
+    words += ["layout.cp=3"]
     paths = {problem.path for problem in problems(words).problems}
-    wanted = {"layout.vpp", "layout.pp", "optim.min_lr", "model.kv_channels", "cluster.num_nodes", "stage.tokens"}
+    wanted = {"layout.vpp", "layout.tp", "optim.min_lr", "model.kv_channels", "cluster.num_nodes", "stage.tokens"}
     assert wanted <= paths
 
 

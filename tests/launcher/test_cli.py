@@ -74,7 +74,7 @@ def test_every_verb_has_help(phidias, verb):
 
 
 def test_help_of_a_config_verb_names_its_options(phidias):
-    assert phidias("plan", "-h")[1].startswith("usage: phidias plan [out=json] [group=choice")
+    assert phidias("plan", "-h")[1].startswith("usage: phidias plan [out=json] [picture=FILE] [group=choice")
     assert phidias("data", "-h")[1].startswith("usage: phidias data [dry=true] [action=verify|import] [group=choice")
 
 

@@ -183,7 +183,10 @@ def test_warmup_is_counted_in_the_steps_of_a_ramp():
 def test_document_holds_what_scripts_read():
     documents = plan_document(PHI4)
     assert [document["stage"] for document in documents] == ["pretrain", "midtrain"]
-    assert documents[0]["layout"] == {"tp": 2, "pp": 2, "vpp": 2, "cp": 1, "dp": 480}
+    layout = documents[0]["layout"]
+    assert [layout[name] for name in ("tp", "pp", "vpp", "cp", "dp")] == [2, 2, 2, 1, 480]
+    # What else the config says of it, by the same names: a program can make overrides of it.
+    assert layout.items() >= asdict(PHI4.stages[0].layout).items()
     for key in ("num_params", "num_microbatches", "num_steps", "tokens", "refusals"):
         assert key in documents[0]
     assert json.loads(json.dumps(documents)) == json.loads(json.dumps(plan_document(PHI4)))
@@ -236,7 +239,7 @@ def printed(show, *arguments, **options):
 
 
 def test_plan_page_says_what_matters():
-    page = printed(print_plan, PHI4)
+    page = printed(print_plan, PHI4, stages=plan_document(PHI4))
     for words in ("14,659,507,200 parameters", "415,379", "tp2 pp2 vpp2 cp1 dp480", "12 of 1", "4.2%", "9.8T", "1,920 ranks"):
         assert words in page, words
 
