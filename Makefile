@@ -43,6 +43,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.cli
 	$(BIN)/python -m benchmarks.layouts
 	$(BIN)/python -m benchmarks.demo
+	$(BIN)/python -m benchmarks.planner
 
 clean:
 	rm -rf $(VENV)

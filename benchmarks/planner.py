@@ -5,9 +5,9 @@ in 1 s for 1,920 GPUs and in 10 s for 16,384.
     python -m benchmarks.planner           errors of the constants in model_configs/efficiency, and speed
     python -m benchmarks.planner --fit     the constants fitted anew, and errors with each row or model left out: 8 minutes
 
-benchmarks/data/published_throughput.csv: `given` and `fit` rows are fitted to, `check` rows are not
-(those on Blackwell are, apart, by `phidias calibrate`). Runs of one configuration
-under several releases count as one, their median; each model and precision counts alike, the given rows more.
+benchmarks/data/published_throughput.csv: Hopper's constants are fitted to the `given` and `fit` rows, Blackwell's to the
+`blackwell` rows (by `phidias calibrate`), nothing to the `check` rows. Runs of one configuration under several releases count
+as one, their median; each model and precision counts alike, the given rows more.
 """
 
 import csv
@@ -93,7 +93,7 @@ def error(row: Measurement, *, efficiency: Efficiency | None = None) -> float:
 def errors_now(sets: Sets) -> dict[str, Any]:
     """Of the constants as they are in model_configs/efficiency."""
     figures: dict[str, Any] = {}
-    for name in ("given", "fit"):
+    for name in ("given", "fit", "blackwell"):
         figures[name] = summary([error(row) for _, row in sets[name]])
     groups = defaultdict(list)
     for row, found in sets["check"]:
@@ -117,7 +117,8 @@ def unfit_runs(sets: Sets) -> dict[str, Any]:
         too_large[name] = []
         for row in rows:
             precision = replace(row.stage.precision, grad_reduce_in_fp32=in_fp32)
-            memory = Memory(replace(row.stage, precision=precision), model=row.model, cluster=row.cluster)
+            changed = replace(row.stage, precision=precision)
+            memory = Memory(changed, model=row.model, cluster=row.cluster, hardware=row.hardware)
             if memory.peak_gib > row.hardware.memory_gib:
                 too_large[name].append(f"{row.name}: {memory.peak_gib:.1f} GiB")
     return {

@@ -81,7 +81,7 @@ class Trainer:
         self.progress = Progress()
         self.metrics = Metrics(run, config, stage=stage.stage.name, plan=plan, is_writer=rank.rank == 0)
         self.metrics.status("starting")
-        chunks = build_model(stage, model=config.model, seed=config.run.seed)
+        chunks = build_model(stage, model=config.model, seed=config.run.seed, hardware=config.hardware)
         optimizer = build_optimizer(stage, chunks=chunks)
         self.schedule = build_schedule(stage, plan=plan, optimizer=optimizer)
         self.stepper = Stepper(stage, chunks=chunks, optimizer=optimizer, rank=rank)

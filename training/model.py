@@ -15,7 +15,9 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
+from launcher.config.hardware import Hardware
 from launcher.config.schema import Layout, ModelConfig, Precision, StageConfig
+from launcher.plan.overlap import overlaps_tensor_parallel
 from training.errors import PrecisionError
 from training.initialize import initialize_parameters, leave_uninitialised
 from training.modules import CausalAttention, LayerNorm, RMSNorm
@@ -48,9 +50,9 @@ def refuse_undeliverable(precision: Precision) -> None:
         )
 
 
-def transformer_config(stage: StageConfig, *, model: ModelConfig) -> TransformerConfig:
-    """Megatron's config. What it leaves at megatron-core's default is listed, with a reason, in
-    tests/training/test_model.py."""
+def transformer_config(stage: StageConfig, *, model: ModelConfig, hardware: Hardware | None = None) -> TransformerConfig:
+    """Megatron's config, for a device or, without one, for CPU ranks. What it leaves at megatron-core's default is listed, with
+    a reason, in tests/training/test_model.py."""
     refuse_undeliverable(stage.precision)
     gated, activation = ACTIVATIONS[model.activation]
     return TransformerConfig(
@@ -89,6 +91,7 @@ def transformer_config(stage: StageConfig, *, model: ModelConfig) -> Transformer
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         cross_entropy_loss_fusion=False,
+        tp_comm_overlap=overlaps_tensor_parallel(stage, hardware=hardware) and have_transformer_engine(),
         **_layout_fields(stage.layout, has_variable_lengths=is_packed(stage) and stage.layout.cp > 1),
         **_precision_fields(stage.precision),
     )
@@ -114,7 +117,6 @@ def _layout_fields(layout: Layout, *, has_variable_lengths: bool) -> dict[str, A
         num_layers_in_last_pipeline_stage=layout.num_layers_in_last_pipeline_stage,
         account_for_embedding_in_pipeline_split=layout.account_for_embedding_in_pipeline_split,
         account_for_loss_in_pipeline_split=layout.account_for_loss_in_pipeline_split,
-        tp_comm_overlap=overlaps_tensor_parallel(layout),
         context_parallel_size=layout.cp,
         sequence_parallel=layout.sequence_parallel,
         cp_comm_type=layout.cp_comm_type if layout.cp > 1 else None,
@@ -133,23 +135,18 @@ def _layout_fields(layout: Layout, *, has_variable_lengths: bool) -> dict[str, A
     )
 
 
-def overlaps_tensor_parallel(layout: Layout) -> bool:
-    """Whether tensor-parallel communication hides behind GEMMs: it takes transformer-engine and sequence parallelism."""
-    return layout.tp_comm_overlap and layout.sequence_parallel and layout.tp > 1 and have_transformer_engine()
-
-
 def initialize_user_buffers(stage: StageConfig, *, model: ModelConfig) -> None:
-    """transformer-engine's buffers, shared by the GPUs of a tensor-parallel group, for communication that hides behind GEMMs.
-    Before the model is built. Where it does not overlap, nothing."""
-    if not overlaps_tensor_parallel(stage.layout):
-        return
-    from transformer_engine.pytorch.module.base import initialize_ub
+    """transformer-engine's buffers, shared by the GPUs of a tensor-parallel group, for communication that hides behind GEMMs:
+    of each kind of layer, where FP8 leaves some in bf16. Before the model is built."""
+    from transformer_engine.pytorch.module.base import UserBufferQuantizationMode, initialize_ub
 
-    layout = stage.layout
+    layout, precision = stage.layout, stage.precision
     tokens = stage.stage.seq_length * layout.micro_batch_size // layout.cp
-    initialize_ub(
-        shape=[tokens, model.hidden_size], tp_size=layout.tp, use_fp8=stage.precision.fp8 is not None, bootstrap_backend="nccl"
-    )
+    modes = [UserBufferQuantizationMode.FP8 if precision.fp8 else UserBufferQuantizationMode.NONE]
+    if precision.fp8 and (precision.num_layers_at_start_in_bf16 or precision.num_layers_at_end_in_bf16):
+        modes.append(UserBufferQuantizationMode.NONE)
+    shape = [tokens, model.hidden_size]
+    initialize_ub(shape=shape, tp_size=layout.tp, quantization_modes=modes, bootstrap_backend="nccl")
 
 
 def _precision_fields(precision: Precision) -> dict[str, Any]:
@@ -208,10 +205,13 @@ def build_chunk(stage: StageConfig, *, model: ModelConfig, config: TransformerCo
     )
 
 
-def build_model(stage: StageConfig, *, model: ModelConfig, seed: int) -> list[DistributedDataParallel]:
+def build_model(
+    stage: StageConfig, *, model: ModelConfig, seed: int, hardware: Hardware | None = None
+) -> list[DistributedDataParallel]:
     """This rank's model chunks, initialised from the seed alone and wrapped for data-parallel training."""
-    config, layout = transformer_config(stage, model=model), stage.layout
-    initialize_user_buffers(stage, model=model)
+    config, layout = transformer_config(stage, model=model, hardware=hardware), stage.layout
+    if config.tp_comm_overlap:
+        initialize_user_buffers(stage, model=model)
     stages = range(layout.vpp) if layout.vpp > 1 else [None]
     chunks = [build_chunk(stage, model=model, config=config, vp_stage=vp_stage) for vp_stage in stages]
     initialize_parameters(chunks, model=model, seed=seed)

@@ -5,6 +5,9 @@ from collections.abc import Callable, Iterator
 from launcher.config.errors import Problem
 from launcher.config.schema import RunConfig, StageConfig
 
+# What the dimensions of a GEMM must divide by.
+FP8_MULTIPLES = {"delayed": 16, "tensorwise": 16, "blockwise": 128}
+
 
 def check_fp8_fields(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
     precision = stage.precision
@@ -23,20 +26,16 @@ def check_fp8_fields(stage: StageConfig, *, config: RunConfig) -> Iterator[Probl
 
 
 def check_bf16_layers(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
-    """Layers kept in bf16 lie in the first and the last pipeline stage; delayed scaling has none (megatron-core 0.16.1)."""
-    layout = stage.layout
-    counted = layout.account_for_embedding_in_pipeline_split, layout.account_for_loss_in_pipeline_split
-    shared = (config.model.num_layers + sum(counted)) // layout.pp
-    own = {"start": layout.num_layers_in_first_pipeline_stage, "end": layout.num_layers_in_last_pipeline_stage}
+    """Layers kept in bf16 are at most as many as an even pipeline stage has, however uneven the stages are; delayed scaling
+    has none (megatron-core 0.16.1)."""
+    per_stage = config.model.num_layers // stage.layout.pp
     for field in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
         count = getattr(stage.precision, field)
-        at = "start" if "start" in field else "end"
-        per_stage = own[at] or shared - counted[at == "end"]
         if count and stage.precision.fp8 == "delayed":
             rule = "delayed scaling keeps no layers in bf16"
             yield Problem(f"precision.{field}", str(count), rule, f"precision.{field}=0, or fp8_tensorwise")
         elif count > per_stage:
-            rule = f"they lie in one pipeline stage, of {per_stage} layers"
+            rule = f"Megatron allows num_layers / pp, {per_stage}"
             yield Problem(f"precision.{field}", str(count), rule, f"at most {per_stage}, or precision=bf16")
 
 
@@ -53,7 +52,7 @@ def check_fp8_recipe(stage: StageConfig, *, config: RunConfig) -> Iterator[Probl
     if recipe and hardware and recipe not in hardware.fp8:
         known = ", ".join(hardware.fp8)
         rule = f"{hardware.name} computes " + (f"the FP8 recipes {known}" if known else "no FP8")
-        fix = f"precision.fp8={hardware.fp8[0]}, or precision=bf16" if known else "precision=bf16"
+        fix = f"precision=fp8_{hardware.fp8[0]}, or precision=bf16" if known else "precision=bf16"
         yield Problem("precision.fp8", recipe, rule, fix)
 
 
@@ -62,7 +61,7 @@ def check_fp8_shapes(stage: StageConfig, *, config: RunConfig) -> Iterator[Probl
     layout, recipe = stage.layout, stage.precision.fp8
     if recipe is None or config.model.num_attention_heads % layout.tp or config.model.ffn_hidden_size % layout.tp:
         return
-    unit = 128 if recipe == "blockwise" else 16
+    unit = FP8_MULTIPLES[recipe]
     for name, size in fp8_dimensions(stage, config=config).items():
         if size % unit:
             rule = f"FP8 {recipe} needs each rank's dimensions in multiples of {unit}: {name} is {size}"
@@ -72,12 +71,10 @@ def check_fp8_shapes(stage: StageConfig, *, config: RunConfig) -> Iterator[Probl
 def fp8_dimensions(stage: StageConfig, *, config: RunConfig) -> dict[str, int]:
     """Dimensions of the linear layers on one rank, and the tokens of one micro batch."""
     model, layout = config.model, stage.layout
-    groups = max(1, model.num_query_groups // layout.tp)
-    heads = model.num_attention_heads // layout.tp
     return {
         "model.hidden_size": model.hidden_size,
-        "(num_attention_heads + 2 * num_query_groups) * kv_channels / tp": (heads + 2 * groups) * model.kv_channels,
-        "num_attention_heads * kv_channels / tp": heads * model.kv_channels,
+        "(num_attention_heads + 2 * num_query_groups) * kv_channels / tp": model.qkv_size // layout.tp,
+        "num_attention_heads * kv_channels / tp": model.num_attention_heads // layout.tp * model.kv_channels,
         "model.ffn_hidden_size / tp": model.ffn_hidden_size // layout.tp,
         "micro_batch_size * seq_length / cp": layout.micro_batch_size * stage.stage.seq_length // layout.cp,
     }

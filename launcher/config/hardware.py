@@ -26,7 +26,7 @@ Fp8Recipe = Literal["delayed", "tensorwise", "blockwise"]
 class Efficiency:
     """What training attains of a device's public figures: few constants, fitted to measured runs (launcher/plan/calibrate.py).
 
-    gemm_bf16, gemm_fp8     of peak, by a large matrix product (smaller ones attain less: launcher/plan/kernels.py)
+    gemm_bf16, gemm_fp8     of peak, by a large matrix product (smaller ones attain less: launcher/plan/device.py)
     attention               of BF16 peak, by causal attention forward over a long sequence; backward attains 0.8 of it
     memory                  of the memory bandwidth, by what is not a matrix product
     nvlink, network         of the bandwidth inside and between nodes, by large messages
@@ -53,7 +53,8 @@ class Efficiency:
 @dataclass(config=STRICT, frozen=True)
 class Hardware:
     """One GPU: dense peaks, without sparsity; `nvlink_gb_per_s` in one direction, between `nvlink_domain` GPUs (null: those of
-    a node); `memory_gib` as CUDA reports it; `fp8`: the recipes that it computes."""
+    a node); `memory_gib` as CUDA reports it; `fp8`: the recipes that it computes; `multicast`: whether one write reaches all
+    GPUs of a node, which overlapping tensor-parallel communication needs."""
 
     _: KW_ONLY
     name: Name
@@ -67,6 +68,7 @@ class Hardware:
     fp8: tuple[Fp8Recipe, ...]
     nvlink_gb_per_s: Positive
     nvlink_domain: PositiveInt | None
+    multicast: bool
     efficiency: Efficiency
 
 

@@ -58,6 +58,11 @@ class ModelConfig:
     attention_bias: bool
     mlp_bias: bool
 
+    @property
+    def qkv_size(self) -> int:
+        """Outputs of the query-key-value product. Its tensor-parallel parts are even, also with fewer groups than ranks."""
+        return (self.num_attention_heads + 2 * self.num_query_groups) * self.kv_channels
+
 
 @dataclass(config=STRICT, frozen=True)
 class Validation:

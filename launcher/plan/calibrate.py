@@ -92,25 +92,17 @@ def moved(start: Efficiency, *, names: Sequence[str], logs: Vector) -> Efficienc
 
 @dataclass(frozen=True)
 class Error:
-    """Of one row: relative, positive where the prediction is too fast; `left_out`: fitted to the other rows alone."""
+    """Of one row: relative, positive where the prediction is too fast."""
 
     name: str
     measured: float
     predicted: float
-    left_out: float | None
 
     @property
     def error(self) -> float:
         return self.predicted / self.measured - 1
 
 
-def errors(rows: Sequence[Measurement], *, efficiency: Efficiency, start: Efficiency | None = None) -> list[Error]:
-    """A row each; with `start`, leave-one-out as well: the fit from there without the row."""
-    found = []
-    for row in rows:
-        left_out = None
-        if start is not None:
-            others = fit([other for other in rows if other is not row], start=start)
-            left_out = predict(row, efficiency=others)
-        found.append(Error(row.name, row.tokens_per_s_per_gpu, predict(row, efficiency=efficiency), left_out))
-    return found
+def errors(rows: Sequence[Measurement], *, efficiency: Efficiency) -> list[Error]:
+    """A row each."""
+    return [Error(row.name, row.tokens_per_s_per_gpu, predict(row, efficiency=efficiency)) for row in rows]

@@ -24,8 +24,6 @@ ATTENTION_HALF_LENGTH = 2000
 ATTENTION_BACKWARD_FLOPS, ATTENTION_BACKWARD_RATE = 2.5, 0.8
 # Smaller heads fill the tensor cores less: the same figures at 64 channels lie at about three quarters of those at 128.
 ATTENTION_CHANNELS, ATTENTION_CHANNELS_POWER = 128, 0.4
-# From the host's call to the kernel's start where nothing hides it; with queued kernels only collectives and tails feel it.
-LAUNCH_S = 4e-6
 BYTES: dict[Compute, float] = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0}
 
 

@@ -35,32 +35,33 @@ class Estimator:
         key = layer_key(layout, precision)
         if key not in self._layers:
             self._layers[key] = LayerCost(
-                self.model,
-                layout=layout,
-                precision=precision,
-                seq_length=self.stage.stage.seq_length,
-                device=self.device,
-                fabric=self.fabric,
+                self.model, stage=self.with_layout(layout, precision), device=self.device, fabric=self.fabric
             )
         return self._layers[key]
 
     def layer_s(self, layout: Layout, precision: Precision) -> float:
-        """Seconds of one layer, forward and backward."""
+        """Seconds of one layer, forward and backward: of the faster kind, where FP8 leaves some in bf16."""
         key = layer_key(layout, precision)
         if key not in self._seconds:
-            passes = self.layer(layout, precision).layer()
-            self._seconds[key] = passes.forward.total + passes.backward.total
+            layer = self.layer(layout, precision)
+            kinds = layer.layer(), layer.layer(in_bf16=True)
+            self._seconds[key] = min(passes.forward.total + passes.backward.total for passes in kinds)
         return self._seconds[key]
 
     def timing(self, layout: Layout, precision: Precision) -> Timing:
-        stage, layer = self.with_layout(layout, precision), self.layer(layout, precision)
+        return self.timing_of(self.with_layout(layout, precision))
+
+    def timing_of(self, stage: StageConfig) -> Timing:
+        """Of the same stage with another layout, precision or batch."""
+        layer = self.layer(stage.layout, stage.precision)
         return Timing(stage, model=self.model, cluster=self.cluster, hardware=self.hardware, layer=layer, fabric=self.fabric)
 
     def memory(self, layout: Layout, precision: Precision) -> Memory:
         stage, key = self.with_layout(layout, precision), layer_key(layout, precision)
         if key not in self._activations:
             self._activations[key] = ActivationBytes(stage, model=self.model, on_gpu=self.cluster.gpu is not None)
-        return Memory(stage, model=self.model, cluster=self.cluster, activations=self._activations[key])
+        activations = self._activations[key]
+        return Memory(stage, model=self.model, cluster=self.cluster, hardware=self.hardware, activations=activations)
 
 
 def layer_key(layout: Layout, precision: Precision) -> Key:

@@ -59,6 +59,6 @@ def daly_interval(checkpoint_s: float, *, failure_s: float) -> float:
 
 def goodput(interval_s: float, *, checkpoint_s: float, restart_s: float, failure_s: float) -> float:
     exponent = (interval_s + checkpoint_s) / failure_s
-    if exponent > 500:  # it would never get from one checkpoint to the next
+    if exponent + restart_s / failure_s > 500:  # it would never get from one checkpoint to the next
         return 0.0
     return interval_s / (failure_s * math.exp(restart_s / failure_s) * math.expm1(exponent))

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property
 
-from launcher.config.schema import Layout, ModelConfig, Precision
+from launcher.config.schema import ModelConfig, StageConfig
 from launcher.plan.device import ATTENTION_BACKWARD_FLOPS, ATTENTION_BACKWARD_RATE, BYTES, Compute, Device, Gemm
 from launcher.plan.network import Fabric
+from launcher.plan.overlap import overlaps_tensor_parallel
 
 # An eager layer of transformer-engine keeps the host busy for so long, each way: below it the GPU waits. Chosen.
 HOST_LAYER_S = 3e-4
@@ -62,22 +63,22 @@ class LayerCost:
     """Costs for one model, layout, precision and sequence length. What of the layout matters here: tp, cp, sequence_parallel,
     micro_batch_size, tp_comm_overlap and what is recomputed."""
 
-    def __init__(
-        self, model: ModelConfig, *, layout: Layout, precision: Precision, seq_length: int, device: Device, fabric: Fabric
-    ):
+    def __init__(self, model: ModelConfig, *, stage: StageConfig, device: Device, fabric: Fabric):
+        layout, precision, seq_length = stage.layout, stage.precision, stage.stage.seq_length
         self.model, self.layout, self.precision, self.seq_length = model, layout, precision, seq_length
         self.device, self.fabric = device, fabric
         tp, channels = layout.tp, model.kv_channels
         self.tokens = layout.micro_batch_size * seq_length // layout.cp
         # Of the regions that sequence parallelism splits: norms and residuals.
         self.sharded_tokens = self.tokens / (tp if layout.sequence_parallel else 1)
+        self.qkv = model.qkv_size // tp
         self.query = model.num_attention_heads // tp * channels
         self.key_value = max(1, model.num_query_groups // tp) * channels
         self.ffn = model.ffn_hidden_size // tp
         self.fc1 = self.ffn * (2 if model.activation == "swiglu" else 1)
         self.plain: Compute = "fp32" if precision.params_dtype == "fp32" else "bf16"
         self.width = BYTES[self.plain]
-        self.overlaps = layout.tp_comm_overlap and layout.sequence_parallel and layout.tp > 1
+        self.overlaps = overlaps_tensor_parallel(stage, hardware=device.hardware)
 
     def layer(self, *, in_bf16: bool = False) -> Passes:
         """One layer. `in_bf16`: one that the FP8 recipe leaves out."""
@@ -108,7 +109,7 @@ class LayerCost:
     def gemms(self, *, compute: Compute) -> Iterator[tuple[str, Gemm]]:
         """("forward" or "backward", product) of a layer's matrices: fprop, dgrad and wgrad of each."""
         hidden = self.model.hidden_size
-        yield from self._linear("qkv", hidden, self.query + 2 * self.key_value, compute)
+        yield from self._linear("qkv", hidden, self.qkv, compute)
         yield from self._linear("proj", self.query, hidden, compute)
         yield from self._linear("fc1", hidden, self.fc1, compute)
         yield from self._linear("fc2", self.ffn, hidden, compute)
@@ -136,7 +137,7 @@ class LayerCost:
         rotary = 2 * width * (self.query + self.key_value) * self.tokens
         residual = 3 * width * hidden * self.sharded_tokens
         casts = self._cast(self.query * self.tokens, compute)
-        gradient_casts = self._cast((self.query + 2 * self.key_value) * self.tokens + hidden * self.sharded_tokens, compute)
+        gradient_casts = self._cast(self.qkv * self.tokens + hidden * self.sharded_tokens, compute)
         forward = self._memory(rotary + residual + casts) + self._norm(compute)
         backward = self._memory(rotary + gradient_casts) + self._norm_backward()
         return self._with_products("qkv", "proj", forward, backward, compute)

@@ -2,18 +2,23 @@
 
 Columns: model, num_layers, hidden_size, num_attention_heads, num_query_groups, ffn_hidden_size, gated (yes | no), vocab_size,
 gpu (a name of model_configs/hardware), num_gpus, global_batch_size (sequences), micro_batch_size, seq_length, tp, pp, cp, vpp,
-precision (a name of model_configs/precision), tokens_per_s_per_gpu, source; optionally recompute (none | full), kv_channels and
-weight. Rows are taken as well-run ones: sequence parallelism with tensor parallelism, everything overlapped.
+precision (a name of model_configs/precision), tokens_per_s_per_gpu; optionally recompute (none | full), kv_channels and weight;
+others are passed over. Rows are taken as well-run ones on eight GPUs a node, each with a 400 Gb/s port: sequence parallelism
+with tensor parallelism, everything overlapped.
 """
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from launcher.config.auto import LAYOUT_PLACEHOLDER
+from launcher.config.check_layout import LAYOUT_RULES
+from launcher.config.check_precision import PRECISION_RULES
 from launcher.config.errors import ConfigError, Problem
 from launcher.config.files import read_file
 from launcher.config.hardware import Hardware, read_hardware
@@ -34,39 +39,65 @@ Row = Mapping[str, str]
 
 
 def read_table(path: Path, *, folders: Sequence[Path] = ()) -> list[Measurement]:
-    """A measurement a row. ConfigError with every row that cannot be read, by its line; OSError where there is no table."""
+    """A measurement a row. ConfigError with every row that cannot be read, by its line, and where there is no table."""
     found, problems = [], []
-    with path.open(newline="") as file:
-        for line, row in enumerate(csv.DictReader(file), start=2):
-            try:
-                found.append(measurement(row, folders=folders))
-            except (KeyError, ValueError, ValidationError, ConfigError) as error:
-                said = f"no column {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
-                rule = "a row has the columns that launcher/plan/measurements.py lists"
-                problems.append(Problem(f"{path}, line {line}", said, rule, "correct the row, or leave it out"))
+    try:
+        rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(
+            Problem("rows", f"{path} ({error})", "it is a CSV table in UTF-8", "correct the path or file")
+        ) from error
+    rule = "a row has the columns that launcher/plan/measurements.py lists"
+    for line, row in enumerate(rows, start=2):
+        try:
+            found.append(measurement(row, folders=folders))
+        except (KeyError, TypeError, ValueError, ValidationError, ConfigError, ZeroDivisionError) as error:
+            said = f"no column {error}" if isinstance(error, KeyError) else describe_error(error)
+            problems.append(Problem(f"{path}, line {line}", said, rule, "correct the row, or leave it out"))
     if problems:
         raise ConfigError(*problems)
+    if not found:
+        raise ConfigError(Problem("rows", f"{path} without rows", rule, "measured runs, one a row"))
     return found
 
 
+def describe_error(error: Exception) -> str:
+    problems = error.problems if isinstance(error, ConfigError) else ()
+    return (
+        "; ".join(f"{problem.path}: found {problem.found}; {problem.rule}" for problem in problems)
+        or str(error).splitlines()[0]
+    )
+
+
 def measurement(row: Row, *, folders: Sequence[Path] = ()) -> Measurement:
-    world = int(row["num_gpus"])
-    layout = layout_of(row)
-    unit = int(row["micro_batch_size"]) * world // layout.model_parallel_size if world % layout.model_parallel_size == 0 else 0
-    if unit == 0 or int(row["global_batch_size"]) % unit:
-        raise ValueError(f"{world} GPUs and a batch of {row['global_batch_size']} that the layout does not divide")
+    """What the row measured. ValueError, TypeError or ConfigError where it is not a run that Megatron could run."""
+    speed, weight = float(row["tokens_per_s_per_gpu"]), float(row.get("weight") or 1.0)
+    if not (math.isfinite(speed) and speed > 0 and math.isfinite(weight) and weight > 0):
+        raise ValueError(f"tokens_per_s_per_gpu {speed:g} of weight {weight:g}: both are positive numbers")
     precision = Precision(**read_file("precision", row["precision"], folders=folders, path="precision"))
     settings = stage_settings(int(row["seq_length"]), batch=int(row["global_batch_size"]))
-    stage = dict(stage=settings, layout=layout, precision=precision, optim=OPTIM, mixture=MIXTURE)
-    return Measurement(
-        name=describe_row(row),
-        stage=STAGES.validate_python(stage),
-        model=MODELS.validate_python(model_of(row)),
-        cluster=CLUSTERS.validate_python(cluster_of(row["gpu"], world=world)),
-        hardware=DEVICES.validate_python(read_hardware(row["gpu"], folders=folders)),
-        tokens_per_s_per_gpu=float(row["tokens_per_s_per_gpu"]),
-        weight=float(row.get("weight") or 1.0),
+    stage = STAGES.validate_python(
+        dict(stage=settings, layout=layout_of(row), precision=precision, optim=OPTIM, mixture=MIXTURE)
     )
+    found = Measurement(
+        name=describe_row(row),
+        stage=stage,
+        model=MODELS.validate_python(model_of(row)),
+        cluster=CLUSTERS.validate_python(cluster_of(row["gpu"], world=int(row["num_gpus"]))),
+        hardware=DEVICES.validate_python(read_hardware(row["gpu"], folders=folders)),
+        tokens_per_s_per_gpu=speed,
+        weight=weight,
+    )
+    refuse_impossible(found)
+    return found
+
+
+def refuse_impossible(found: Measurement) -> None:
+    """ConfigError with every rule of layout and precision that the row breaks."""
+    config = SimpleNamespace(model=found.model, cluster=found.cluster, hardware=found.hardware)
+    rules = (*LAYOUT_RULES, *PRECISION_RULES)
+    if problems := [problem for rule in rules for problem in rule(found.stage, config=config)]:
+        raise ConfigError(*problems)
 
 
 def describe_row(row: Row) -> str:
@@ -115,12 +146,13 @@ def stage_settings(seq_length: int, *, batch: int) -> dict[str, Any]:
 
 
 def cluster_of(gpu: str, *, world: int) -> dict[str, Any]:
-    """A DGX-like cluster: eight GPUs a node, one 400 Gb/s port each, rails."""
+    """A DGX-like cluster: eight GPUs a node where they come out even, one 400 Gb/s port each, rails."""
+    per_node = next(size for size in range(GPUS_PER_NODE, 0, -1) if world % size == 0)
     network = dict(
         intra_node_gb_per_s=None, inter_node_gb_per_s=PORT_GB_PER_S, rail_optimized=True, nodes_per_pod=32, oversubscription=1.0
     )
     return dict(
-        name="measured", kind="slurm", num_nodes=-(-world // GPUS_PER_NODE), gpus_per_node=min(world, GPUS_PER_NODE), gpu=gpu,
+        name="measured", kind="slurm", num_nodes=world // per_node, gpus_per_node=per_node, gpu=gpu,
         master_port=None, timeout_s=600, partition=None, account=None, time_limit=None, container=None, setup=(), env={},
         network=network, operations=None,
     )  # fmt: skip

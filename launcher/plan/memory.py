@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from launcher.config.hardware import Hardware
 from launcher.config.schema import Cluster, ModelConfig, StageConfig
 from launcher.plan.activations import (
     TRANSIENT,
@@ -18,7 +19,8 @@ from launcher.plan.activations import (
     layer_activations,
     recomputed_activations,
 )
-from launcher.plan.parameters import count_by_stage, layer_matrices, layers_by_chunk
+from launcher.plan.overlap import overlaps_tensor_parallel
+from launcher.plan.parameters import count_by_stage, layer_matrices, layers_by_chunk, layers_in_bf16
 from launcher.plan.schedule import chunks_in_flight_by_chunk
 
 GIB = 2**30
@@ -88,9 +90,17 @@ def by_kind(rows: Sequence[Saved]) -> dict[str, float]:
 class Memory:
     """Of one stage of training on a cluster. `activations` may be shared between layouts."""
 
-    def __init__(self, stage: StageConfig, *, model: ModelConfig, cluster: Cluster, activations: ActivationBytes | None = None):
+    def __init__(
+        self,
+        stage: StageConfig,
+        *,
+        model: ModelConfig,
+        cluster: Cluster,
+        hardware: Hardware | None,
+        activations: ActivationBytes | None = None,
+    ):
         self.stage, self.model, self.layout, self.precision = stage, model, stage.layout, stage.precision
-        self.on_gpu = cluster.gpu is not None
+        self.on_gpu, self.overlaps = hardware is not None, overlaps_tensor_parallel(stage, hardware=hardware)
         self.dp = cluster.world_size // self.layout.model_parallel_size
         self.num_microbatches = stage.stage.global_batch_size // (self.layout.micro_batch_size * self.dp)
         self.activations = activations or ActivationBytes(stage, model=model, on_gpu=self.on_gpu)
@@ -125,7 +135,7 @@ class Memory:
         precision, count = self.precision, self._counts[index]
         width = 4.0 if precision.params_dtype == "fp32" else 2.0
         shards = self.dp * self.layout.cp if self.layout.distributed_optimizer else 1
-        layers = sum(layers_by_chunk(self.model.num_layers, layout=self.layout)[index])
+        layers = sum(self._chunks[index]) - sum(self._plain_layers[index])
         matrices = layers * layer_matrices(self.model) / self.layout.tp if precision.fp8 else 0.0
         held_in_bf16 = count - (matrices if precision.fp8_param_gather else 0.0)
         return {
@@ -135,6 +145,14 @@ class Memory:
             "main weights": 4.0 * count / shards if width < 4 else 0.0,
             "optimizer states": 8.0 * count / shards,
         }
+
+    @cached_property
+    def _chunks(self) -> list[list[int]]:
+        return layers_by_chunk(self.model.num_layers, layout=self.layout)
+
+    @cached_property
+    def _plain_layers(self) -> list[list[int]]:
+        return layers_in_bf16(self._chunks, precision=self.precision)
 
     @cached_property
     def _counts(self) -> list[int]:
@@ -161,13 +179,9 @@ class Memory:
 
     def _chunk(self, index: int, chunk: int) -> dict[str, float]:
         """What one microbatch leaves in one chunk."""
-        layout, precision = self.layout, self.precision
-        sizes = layers_by_chunk(self.model.num_layers, layout=layout)
-        count = sizes[index][chunk]
+        layout = self.layout
+        count, plain = self._chunks[index][chunk], self._plain_layers[index][chunk]
         is_first, is_last = (index, chunk) == (0, 0), (index, chunk) == (layout.pp - 1, layout.vpp - 1)
-        plain = 0
-        if precision.fp8:
-            plain = min(count, is_first * precision.num_layers_at_start_in_bf16 + is_last * precision.num_layers_at_end_in_bf16)
         found = scaled(self.activations.layer, count - plain)
         parts: list[Bytes] = [scaled(self.activations.plain_layer, plain)] if plain else []
         parts += [self.activations.embedding] if is_first else []
@@ -190,11 +204,15 @@ class Memory:
         return width * self.model.hidden_size * tokens / (layout.tp if layout.sequence_parallel else 1)
 
     def _communication(self) -> float:
-        """NCCL's, one a group that this rank speaks in, and what tensor-parallel neighbours gather into."""
-        layout = self.layout
+        """NCCL's, one a group that this rank speaks in; what tensor-parallel neighbours gather into, or user buffers: twelve,
+        for the three products of each of the four matrices, of which FP8 keeps the eight that are gathered as bytes."""
+        layout, precision = self.layout, self.precision
         groups = sum(size > 1 for size in (layout.tp, layout.cp, layout.pp, self.dp * layout.cp)) + 1
         gathered = self._residual_bytes * layout.tp if layout.sequence_parallel else 0.0
-        return groups * COMMUNICATOR_BYTES + 2 * gathered
+        buffers = 2.0
+        if self.overlaps:
+            buffers = 12.0 if not precision.fp8 else 8 / 2 + 4 + (12 if any(map(any, self._plain_layers)) else 0)
+        return groups * COMMUNICATOR_BYTES + buffers * gathered
 
 
 def scaled(sizes: Bytes, count: float) -> dict[str, float]:

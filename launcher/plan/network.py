@@ -30,6 +30,7 @@ class Fabric:
     def __init__(self, cluster: Cluster, *, hardware: Hardware):
         settings, efficiency = cluster.network, hardware.efficiency
         inside = settings.intra_node_gb_per_s if settings and settings.intra_node_gb_per_s else hardware.nvlink_gb_per_s
+        self.world_size, self.gpus_per_node = cluster.world_size, cluster.gpus_per_node
         self.node_size = hardware.nvlink_domain or cluster.gpus_per_node
         self.inside = inside * 1e9 * efficiency.nvlink
         self.port = (settings.inter_node_gb_per_s if settings else inside) * 1e9 * efficiency.network
@@ -38,11 +39,11 @@ class Fabric:
 
     def link(self, size: int, *, stride: int) -> Link:
         """The ring of a group of `size` ranks, each `stride` ranks after the one before."""
-        if size * stride <= self.node_size or size == 1:
+        if size == 1 or self.world_size <= self.node_size or self.node_size % (size * stride) == 0:
             return Link(self.inside, NVLINK_HOP_S, False)
         per_node = max(1, self.node_size // stride)
         # Neighbours far apart cross the core, however few they are.
-        span = -(-size * stride // self.node_size)
+        span = -(-size * stride // self.gpus_per_node)
         port = self.port / (self.oversubscription if span > self.pod else 1.0)
         return Link(min(self.inside, per_node * port), NETWORK_HOP_S, True)
 

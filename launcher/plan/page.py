@@ -92,7 +92,10 @@ def predicted_lines(stage: dict[str, Any]) -> Iterable[tuple[str, str]]:
     yield "TFLOP/s/GPU", ", ".join(f"{tflops[name]:.0f} {name}" for name in ("full", "causal", "sixn"))
     yield "MFU (causal)", f"{stage['mfu']:.1%} of {stage['mfu_peak_tflops']:,.0f}"
     cost = "" if stage["cost_usd"] is None else f", ${stage['cost_usd']:,.0f}"
-    yield "[bold]days[/]", f"[bold]{stage['days']:.1f}[/], {short(stage['gpu_hours'])} GPU-hours{cost}"
+    days = (
+        "never ends" if stage["days"] is None else f"[bold]{stage['days']:.1f}[/], {short(stage['gpu_hours'])} GPU-hours{cost}"
+    )
+    yield "[bold]days[/]", days
     if goodput:
         yield "goodput", f"{goodput['goodput']:.1%}, a failure every {goodput['failure_interval_s'] / 3600:.0f} h"
         interval, optimum = goodput["interval_s"] / 60, goodput["optimum_interval_s"] / 60

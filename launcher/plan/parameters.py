@@ -9,7 +9,7 @@ sixn     6 times the parameters, attention left out
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from launcher.config.schema import Layout, ModelConfig
+from launcher.config.schema import Layout, ModelConfig, Precision
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def layer_parameters(model: ModelConfig, *, tp: int) -> int:
     """Parameters of one layer on one of `tp` tensor-parallel ranks. Norms and the biases of row-parallel layers are on each."""
     hidden, channels = model.hidden_size, model.kv_channels
     # With fewer groups than ranks, several ranks compute the same group, but its weights are split all the same.
-    qkv = (model.num_attention_heads + 2 * model.num_query_groups) * channels // tp
+    qkv = model.qkv_size // tp
     fc1 = (2 if model.activation == "swiglu" else 1) * model.ffn_hidden_size // tp
     weights = hidden * (qkv + model.num_attention_heads * channels // tp + fc1 + model.ffn_hidden_size // tp)
     qkv_bias = qkv if model.attention_bias or model.mlp_bias else 0
@@ -77,6 +77,22 @@ def layers_by_chunk(num_layers: int, *, layout: Layout) -> list[list[int]]:
     return chunks
 
 
+def layers_in_bf16(chunks: list[list[int]], *, precision: Precision) -> list[list[int]]:
+    """How many layers of each chunk an FP8 recipe leaves in bf16: the model's first and last ones. Chunk c of stage s follows
+    chunk c of the stage before, and all of chunk c - 1."""
+    num_layers, before = sum(map(sum, chunks)), 0
+    found = [[0] * len(row) for row in chunks]
+    if not precision.fp8:
+        return found
+    start, end = precision.num_layers_at_start_in_bf16, num_layers - precision.num_layers_at_end_in_bf16
+    for chunk in range(len(chunks[0])):
+        for stage, row in enumerate(chunks):
+            after = before + row[chunk]
+            found[stage][chunk] = len([layer for layer in range(before, after) if layer < start or layer >= end])
+            before = after
+    return found
+
+
 def layers_by_stage(num_layers: int, *, layout: Layout) -> list[int]:
     """Layers of each pipeline stage, first stage first."""
     return [sum(chunks) for chunks in layers_by_chunk(num_layers, layout=layout)]
@@ -102,6 +118,5 @@ def matrix_parameters(model: ModelConfig) -> Iterable[int]:
 
 def layer_matrices(model: ModelConfig) -> int:
     """Weights of the four matrices of a layer."""
-    qkv = (model.num_attention_heads + 2 * model.num_query_groups) * model.kv_channels
     ffn = (3 if model.activation == "swiglu" else 2) * model.ffn_hidden_size
-    return model.hidden_size * (qkv + model.num_attention_heads * model.kv_channels + ffn)
+    return model.hidden_size * (model.qkv_size + model.num_attention_heads * model.kv_channels + ffn)

@@ -55,7 +55,7 @@ def check_fits(config: RunConfig) -> None:
 def unfit(stage: StageConfig, *, config: RunConfig) -> Problem | None:
     if config.hardware is None:
         return None
-    memory = Memory(stage, model=config.model, cluster=config.cluster)
+    memory = Memory(stage, model=config.model, cluster=config.cluster, hardware=config.hardware)
     found = too_large(memory, capacity=config.hardware.memory_gib)
     if found is None:
         return None

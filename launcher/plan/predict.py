@@ -1,7 +1,7 @@
 """What a stage will do on its cluster: speed, memory, days and cost, as plain data for the plan document."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from launcher.config.schema import RunConfig, StageConfig
@@ -42,7 +42,7 @@ def predict_stage(stage: StageConfig, *, config: RunConfig, plan: StagePlan) -> 
     """Keys of the plan document. On CPU ranks only memory is worked out: nothing is known of their speed."""
     hardware = config.hardware
     if hardware is None:
-        memory = Memory(stage, model=config.model, cluster=config.cluster)
+        memory = Memory(stage, model=config.model, cluster=config.cluster, hardware=None)
         return {**dict.fromkeys(UNPREDICTED), "memory_gib": memory_document(memory, capacity=None), "refusals": []}
     estimator = Estimator(stage, config.model, config.cluster, hardware)
     timing, memory = estimator.timing(stage.layout, stage.precision), estimator.memory(stage.layout, stage.precision)
@@ -67,9 +67,9 @@ def predict_stage(stage: StageConfig, *, config: RunConfig, plan: StagePlan) -> 
         "pipeline": asdict(timing.pipeline),
         "bubble_s": timing.step.bubble,
         "memory_gib": memory_document(memory, capacity=hardware.memory_gib),
-        **duration(step_s, plan=plan, config=config, goodput=goodput),
+        **duration(estimator, plan=plan, config=config, goodput=goodput),
         "rehearsals": read_rehearsals(config, stage=stage),
-        "refusals": refusals(memory, capacity=hardware.memory_gib),
+        "refusals": [*refusals(memory, capacity=hardware.memory_gib), *never_ends(goodput)],
     }
 
 
@@ -106,23 +106,41 @@ def in_gib(sizes: Mapping[str, float]) -> dict[str, float]:
     return {name: size / GIB for name, size in sizes.items()}
 
 
-def duration(step_s: float, *, plan: StagePlan, config: RunConfig, goodput: Goodput | None) -> dict[str, Any]:
-    """Days of the stage at its checkpoints and failures, GPU-hours and what they cost. A ramp's smaller batches are taken to
-    train as many tokens a second."""
+def duration(estimator: Estimator, *, plan: StagePlan, config: RunConfig, goodput: Goodput | None) -> dict[str, Any]:
+    """Days of the stage with its checkpoints and failures, GPU-hours and what they cost: null where it would never get from one
+    checkpoint to the next."""
     cluster = config.cluster
-    tokens = plan.num_samples / plan.batches[-1].size
-    train_s = tokens * step_s
-    wall_s = train_s / goodput.goodput if goodput and goodput.goodput else train_s
-    gpu_hours = wall_s / 3600 * cluster.world_size
+    part = 1.0 if goodput is None else goodput.goodput
+    wall_s = train_s(estimator, plan=plan) / part if part else None
+    gpu_hours = None if wall_s is None else wall_s / 3600 * cluster.world_size
     price = cluster.operations.usd_per_gpu_hour if cluster.operations else None
     interval_steps = plan.checkpoint_samples / plan.batches[-1].size
     return {
-        "days": wall_s / 86400,
+        "days": None if wall_s is None else wall_s / 86400,
         "gpu_hours": gpu_hours,
-        "cost_usd": None if price is None else gpu_hours * price,
+        "cost_usd": None if price is None or gpu_hours is None else gpu_hours * price,
         "goodput": None if goodput is None else asdict(goodput),
         "checkpoint_s_per_step": None if goodput is None else goodput.checkpoint_s / interval_steps,
     }
+
+
+def train_s(estimator: Estimator, *, plan: StagePlan) -> float:
+    """Seconds of all steps: a ramp's smaller batches have bubbles and exposed communication of their own."""
+    stage, total = estimator.stage, 0.0
+    borders = [*(row.first_step for row in plan.batches[1:]), plan.num_steps]
+    for row, end in zip(plan.batches, borders, strict=True):
+        size = replace(stage, stage=replace(stage.stage, global_batch_size=row.size))
+        steps = max(0, min(end, plan.num_steps) - row.first_step)
+        if steps:
+            total += steps * estimator.timing_of(size).step.total
+    return total
+
+
+def never_ends(goodput: Goodput | None) -> list[str]:
+    if goodput is None or goodput.goodput:
+        return []
+    found = f"a failure every {goodput.failure_interval_s:.0f} s and a checkpoint every {goodput.interval_s:.0f} s"
+    return [f"found {found}; the stage would never get from one checkpoint to the next"]
 
 
 def refusals(memory: Memory, *, capacity: float) -> list[str]:

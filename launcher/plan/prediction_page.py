@@ -41,9 +41,7 @@ def time_table(stage: Mapping[str, Any]) -> Table:
     rest = [(name, seconds) for name, seconds in rows if seconds < SMALL_PART * step_s]
     if rest:
         total = sum(seconds for _, seconds in rest)
-        table.add_row(
-            "[dim]" + folded([name for name, _ in rest]) + "[/]", f"{abs(total) * 1e3:,.1f}", f"{abs(total) / step_s:.1%}"
-        )
+        table.add_row("[dim]" + folded([name for name, _ in rest]) + "[/]", f"{total * 1e3:,.1f}", f"{total / step_s:.1%}")
     table.add_row("[bold]step[/]", f"[bold]{step_s * 1e3:,.1f}[/]", "")
     if stage["checkpoint_s_per_step"] is not None:
         table.add_row("[dim]checkpoints besides, a step[/]", f"{stage['checkpoint_s_per_step'] * 1e3:,.1f}", "")

@@ -132,13 +132,6 @@ def pipeline_time(*, num_microbatches: int, forward_s: Times, backward_s: Times,
     return longest
 
 
-def bubble_time(*, num_microbatches: int, forward_s: Times, backward_s: Times, send_s: float = 0.0) -> float:
-    """Seconds that the busiest rank of the pipeline stands idle in a step: pipeline_time less its work."""
-    work_s = max(sum(forward) + sum(backward) for forward, backward in zip(forward_s, backward_s, strict=True))
-    makespan_s = pipeline_time(num_microbatches=num_microbatches, forward_s=forward_s, backward_s=backward_s, send_s=send_s)
-    return makespan_s - num_microbatches * work_s
-
-
 def _warms_up_on_all(*, pp: int, vpp: int, num_microbatches: int, stage: int) -> bool:
     """Whether the rank has run every forward before its first backward."""
     warmup = num_warmup(pp=pp, vpp=vpp, num_microbatches=num_microbatches, stage=stage)

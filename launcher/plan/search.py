@@ -11,22 +11,25 @@ from heapq import heapify, heappop
 
 from launcher.config.auto import LAYOUT_PLACEHOLDER, PRECISION_PLACEHOLDER, Free
 from launcher.config.check_layout import LAYOUT_RULES
+from launcher.config.check_precision import check_bf16_layers, check_fp8_shapes
 from launcher.config.errors import ConfigError, LayoutError, Problem
 from launcher.config.files import read_file
 from launcher.config.hardware import Hardware
 from launcher.config.schema import Layout, ModelConfig, Precision, RunConfig, StageConfig
 from launcher.plan.estimate import Estimator
 from launcher.plan.memory import SAFETY_MARGIN
-from launcher.plan.parameters import layers_by_stage
+from launcher.plan.parameters import layers_by_chunk
 from launcher.plan.timing import StepTime
 
 SHOWN = 10
 MICRO_BATCHES = (1, 2, 4, 8)
 CONTEXT_PARALLEL = (1, 2, 4, 8, 16, 32, 64)
+# Wider than that, products are too narrow to be worth their communication.
+MAX_TENSOR_PARALLEL = 16
 # Virtual stages of a pipeline in all, and of one rank: more are never the fastest.
 MAX_CHUNKS, MAX_VIRTUAL = 128, 20
 # Tokens of the shortest chunk of context parallelism worth its communication.
-MIN_CHUNK = 512
+WORTHWHILE_CHUNK = 512
 # From what costs nothing to what costs most; recomputing "core_attn" beside flash attention saves nothing (activations.py).
 RECOMPUTATION: tuple[tuple[str, tuple[str, ...]], ...] = (("none", ("mlp",)), ("selective", ("mlp",)), ("full", ("mlp",)))
 SEARCHED = frozenset(LAYOUT_PLACEHOLDER)
@@ -84,6 +87,8 @@ def search(stage: StageConfig, *, config: RunConfig, hardware: Hardware, free: F
         if memory > capacity:
             too_large += 1
             continue
+        if not keeps_rules(layout, stage=stage, config=config):
+            continue  # a net: choices are made by rules of their own
         fitted.add(same)
         step = estimator.timing(layout, precision).step
         insort(best, Candidate(layout, precision, step, step.total, memory), key=lambda candidate: candidate.seconds)
@@ -103,10 +108,9 @@ def bound(layout: Layout, precision: Precision, *, estimator: Estimator) -> floa
     pipeline by the smallest one."""
     dp = estimator.cluster.world_size // layout.model_parallel_size
     num_microbatches = estimator.stage.stage.global_batch_size // (layout.micro_batch_size * dp)
-    layers = layers_by_stage(estimator.model.num_layers, layout=layout)
-    filling = (layout.pp - 1) * min(layers) / layout.vpp
-    # A layer in bf16 takes longer than one in FP8, never less.
-    return (num_microbatches * max(layers) + filling) * estimator.layer_s(layout, precision)
+    chunks = layers_by_chunk(estimator.model.num_layers, layout=layout)
+    filling = (layout.pp - 1) * min(map(min, chunks))
+    return (num_microbatches * max(map(sum, chunks)) + filling) * estimator.layer_s(layout, precision)
 
 
 def candidates(stage: StageConfig, *, config: RunConfig, hardware: Hardware, free: Free) -> Iterator[Pair]:
@@ -114,7 +118,7 @@ def candidates(stage: StageConfig, *, config: RunConfig, hardware: Hardware, fre
     precisions = list(precision_choices(stage, hardware=hardware, free=free))
     for layout in layout_choices(stage, config=config, free=free):
         for precision in precisions:
-            if fp8_fits(layout, precision, stage=stage, model=config.model):
+            if fp8_fits(layout, precision, stage=stage, config=config):
                 yield layout, precision
 
 
@@ -190,16 +194,18 @@ def variants(
 
 
 def tensor_sizes(model: ModelConfig, *, node: int) -> list[int]:
-    """Inside a node: what divides heads, FFN and vocabulary, and comes out even with the groups."""
+    """Inside a node, none across two: what divides heads, FFN and vocabulary, and comes out even with the groups."""
     split = (model.num_attention_heads, model.ffn_hidden_size, model.padded_vocab_size)
     groups = model.num_query_groups
-    return [n for n in range(1, node + 1) if all(size % n == 0 for size in split) and (groups % n == 0 or n % groups == 0)]
+    inside = [n for n in range(1, min(node, MAX_TENSOR_PARALLEL) + 1) if node % n == 0]
+    return [n for n in inside if all(size % n == 0 for size in split) and (groups % n == 0 or n % groups == 0)]
 
 
 def context_sizes(seq_length: int, *, tp: int) -> list[int]:
-    return [
-        cp for cp in CONTEXT_PARALLEL if cp == 1 or (seq_length % (2 * cp * tp) == 0 and seq_length // (2 * cp) >= MIN_CHUNK)
-    ]
+    if seq_length % tp:
+        return []  # sequence parallelism splits it
+    split = [cp for cp in CONTEXT_PARALLEL if cp > 1 and seq_length % (2 * cp * tp) == 0]
+    return [1, *(cp for cp in split if seq_length // (2 * cp) >= WORTHWHILE_CHUNK)]
 
 
 def virtual_sizes(*, pp: int, num_microbatches: int) -> Sequence[int]:
@@ -243,7 +249,7 @@ def ramp_fits(stage: StageConfig, *, unit: int) -> bool:
 def domain(config: RunConfig) -> int:
     """GPUs that speak over NVLink: tensor parallelism stays among them."""
     hardware = config.hardware
-    return min(16, (hardware.nvlink_domain if hardware else None) or config.cluster.gpus_per_node)
+    return (hardware.nvlink_domain if hardware else None) or config.cluster.gpus_per_node
 
 
 def precision_choices(stage: StageConfig, *, hardware: Hardware, free: Free) -> Iterator[Precision]:
@@ -263,18 +269,13 @@ def precision_choices(stage: StageConfig, *, hardware: Hardware, free: Free) -> 
         yield Precision(**{**tree, "fp8_param_gather": tree["fp8"] is not None, **kept})
 
 
-def fp8_fits(layout: Layout, precision: Precision, *, stage: StageConfig, model: ModelConfig) -> bool:
-    """transformer-engine's multiples, and bf16 layers within one pipeline stage (launcher.config.check_precision)."""
+def fp8_fits(layout: Layout, precision: Precision, *, stage: StageConfig, config: RunConfig) -> bool:
+    """Whether transformer-engine takes a rank's dimensions, and Megatron the layers left in bf16."""
     if not precision.fp8:
         return True
-    unit = 128 if precision.fp8 == "blockwise" else 16
-    groups, heads = max(1, model.num_query_groups // layout.tp), model.num_attention_heads // layout.tp
-    tokens = layout.micro_batch_size * stage.stage.seq_length // layout.cp
-    sizes = (model.hidden_size, (heads + 2 * groups) * model.kv_channels, heads * model.kv_channels, tokens)
-    if any(size % unit for size in (*sizes, model.ffn_hidden_size // layout.tp)):
-        return False
-    layers = layers_by_stage(model.num_layers, layout=layout)
-    return precision.num_layers_at_start_in_bf16 <= layers[0] and precision.num_layers_at_end_in_bf16 <= layers[-1]
+    changed = replace(stage, layout=layout, precision=precision)
+    rules = (check_fp8_shapes, check_bf16_layers)
+    return not any(problem for rule in rules for problem in rule(changed, config=config))
 
 
 def why_slower(candidate: Candidate, *, best: Candidate) -> str:

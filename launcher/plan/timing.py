@@ -14,7 +14,7 @@ from launcher.config.schema import Cluster, ModelConfig, StageConfig
 from launcher.plan.device import Device
 from launcher.plan.layer import LayerCost, Parts
 from launcher.plan.network import NETWORK_HOP_S, NVLINK_HOP_S, Fabric, Link
-from launcher.plan.parameters import count_by_stage, layer_matrices, layers_by_chunk
+from launcher.plan.parameters import count_by_stage, layer_matrices, layer_parameters, layers_by_chunk, layers_in_bf16
 from launcher.plan.schedule import pipeline_time
 
 # Parameters in a bucket of megatron-core's gradient reduction: this, or a million for each data-parallel rank.
@@ -53,6 +53,14 @@ class Pipeline:
     send_s: float
 
 
+@dataclass(frozen=True)
+class Held:
+    """Parameters of one rank, and how many of them an FP8 recipe takes: the layers' matrices."""
+
+    parameters: float
+    fp8_matrices: float
+
+
 class Timing:
     """The step of one stage of training. What two layouts have in common can be handed over as `layer`."""
 
@@ -68,14 +76,7 @@ class Timing:
     ):
         self.stage, self.model, self.cluster, self.layout = stage, model, cluster, stage.layout
         self.fabric = fabric or Fabric(cluster, hardware=hardware)
-        self.layer = layer or LayerCost(
-            model,
-            layout=stage.layout,
-            precision=stage.precision,
-            seq_length=stage.stage.seq_length,
-            device=Device(hardware),
-            fabric=self.fabric,
-        )
+        self.layer = layer or LayerCost(model, stage=stage, device=Device(hardware), fabric=self.fabric)
         self.device, self.efficiency = self.layer.device, hardware.efficiency
         self.dp = cluster.world_size // self.layout.model_parallel_size
         self.num_microbatches = stage.stage.global_batch_size // (self.layout.micro_batch_size * self.dp)
@@ -97,7 +98,7 @@ class Timing:
             cp=scaled.cp,
             pp=piped - unsent,
             contention=scaled.contention + hidden,
-            bubble=unsent - scaled.total,
+            bubble=max(0.0, unsent - scaled.total),  # rounding
             dp=dp,
             optimizer=optimizer,
             other=other,
@@ -105,26 +106,31 @@ class Timing:
         )
 
     @cached_property
+    def _layers_by_chunk(self) -> list[list[int]]:
+        return layers_by_chunk(self.model.num_layers, layout=self.layout)
+
+    @cached_property
+    def _plain_layers(self) -> list[list[int]]:
+        """How many of them an FP8 recipe leaves in bf16."""
+        return layers_in_bf16(self._layers_by_chunk, precision=self.stage.precision)
+
+    @cached_property
     def chunks(self) -> list[list[tuple[Parts, Parts]]]:
         """Forward and backward of one microbatch, [stage][chunk]."""
-        layout, model, precision = self.layout, self.model, self.stage.precision
-        counts = layers_by_chunk(model.num_layers, layout=layout)
-        rows: list[list[tuple[Parts, Parts]]] = [[] for _ in counts]
-        before, last = 0, (layout.pp - 1, layout.vpp - 1)
-        for chunk in range(layout.vpp):
-            for stage, sizes in enumerate(counts):
-                size = sizes[chunk]
-                plain = in_bf16(precision.num_layers_at_start_in_bf16, precision.num_layers_at_end_in_bf16, before, size, model)
+        rows = []
+        for sizes, plains in zip(self._layers_by_chunk, self._plain_layers, strict=True):
+            row = []
+            for size, plain in zip(sizes, plains, strict=True):
                 forward, backward = self._layers(size - plain, in_bf16=False)
                 if plain:
                     extra = self._layers(plain, in_bf16=True)
                     forward, backward = forward + extra[0], backward + extra[1]
-                if (stage, chunk) == (0, 0):
-                    forward, backward = forward + self.layer.embedding.forward, backward + self.layer.embedding.backward
-                if (stage, chunk) == last:
-                    forward, backward = forward + self.layer.head.forward, backward + self.layer.head.backward
-                rows[stage].append((forward, backward))
-                before += size
+                row.append((forward, backward))
+            rows.append(row)
+        ends = ((0, 0, self.layer.embedding), (-1, -1, self.layer.head))
+        for stage, chunk, passes in ends:
+            forward, backward = rows[stage][chunk]
+            rows[stage][chunk] = forward + passes.forward, backward + passes.backward
         return rows
 
     def _layers(self, count: int, *, in_bf16: bool) -> tuple[Parts, Parts]:
@@ -177,8 +183,30 @@ class Timing:
     # Data parallelism: over context-parallel ranks too, which hold the same weights.
 
     @cached_property
-    def _counts(self) -> list[int]:
-        return [count.total for count in count_by_stage(self.model, layout=self.layout)]
+    def _held(self) -> list[Held]:
+        """Of each pipeline stage."""
+        counts = count_by_stage(self.model, layout=self.layout)
+        plain = [sum(row) for row in self._plain_layers]
+        return [
+            Held(count.total, self._matrices(sum(sizes) - in_bf16))
+            for count, sizes, in_bf16 in zip(counts, self._layers_by_chunk, plain, strict=True)
+        ]
+
+    @cached_property
+    def _first_chunks(self) -> list[Held]:
+        """Of the first chunk of each stage; the first stage's holds the embedding."""
+        layout, layer = self.layout, layer_parameters(self.model, tp=self.layout.tp)
+        table = self.model.padded_vocab_size // layout.tp * self.model.hidden_size
+        if layout.vpp == 1:
+            return self._held
+        return [
+            Held(sizes[0] * layer + (table if stage == 0 else 0), self._matrices(sizes[0] - self._plain_layers[stage][0]))
+            for stage, sizes in enumerate(self._layers_by_chunk)
+        ]
+
+    def _matrices(self, layers: int) -> float:
+        """Weights of so many layers that an FP8 recipe takes, on one rank."""
+        return layers * layer_matrices(self.model) / self.layout.tp if self.stage.precision.fp8 else 0.0
 
     @property
     def _replicas(self) -> int:
@@ -188,23 +216,21 @@ class Timing:
     def _dp_link(self) -> Link:
         return self.fabric.link(self._replicas, stride=self.layout.tp)
 
-    def reduce_s(self, count: float, *, messages: int = 1) -> float:
-        """Gradients of so many parameters summed over the replicas: scattered, or on each where the optimizer is not
-        sharded."""
+    def reduce_s(self, held: Held, *, messages: int = 1) -> float:
+        """Gradients summed over the replicas: scattered, or on each of them where the optimizer is not sharded."""
         width = 4.0 if self.stage.precision.grad_reduce_in_fp32 else self.layer.width
         times = 1 if self.layout.distributed_optimizer else 2
-        return times * self.fabric.ring_s(width * count, size=self._replicas, link=self._dp_link, messages=messages)
+        return times * self._ring_s(width * held.parameters, messages=messages)
 
-    def gather_s(self, count: float, *, messages: int = 1) -> float:
-        """The updated weights, from the replicas that hold their part of the optimizer."""
+    def gather_s(self, held: Held, *, messages: int = 1) -> float:
+        """The updated weights, from the replicas that hold their part of the optimizer; as FP8 where they are kept so."""
         if not self.layout.distributed_optimizer:
             return 0.0
-        width = self._gathered_bytes
-        return self.fabric.ring_s(width * count, size=self._replicas, link=self._dp_link, messages=messages)
+        in_fp8 = held.fp8_matrices if self.stage.precision.fp8_param_gather else 0.0
+        return self._ring_s(self.layer.width * (held.parameters - in_fp8) + in_fp8, messages=messages)
 
-    @property
-    def _gathered_bytes(self) -> float:
-        return 1.0 if self.stage.precision.fp8 and self.stage.precision.fp8_param_gather else self.layer.width
+    def _ring_s(self, num_bytes: float, *, messages: int) -> float:
+        return self.fabric.ring_s(num_bytes, size=self._replicas, link=self._dp_link, messages=messages)
 
     def _buckets(self, count: float) -> int:
         return max(1, math.ceil(count / max(BUCKET_PARAMETERS, BUCKET_PARAMETERS_A_RANK * self._replicas)))
@@ -230,15 +256,14 @@ class Timing:
         overlaps = layout.overlap_grad_reduce if backward else layout.overlap_param_gather
         collective = self.reduce_s if backward else self.gather_s
         if not overlaps:
-            return max(collective(count) for count in self._counts)
+            return max(collective(held) for held in self._held)
         waits = []
-        for stage, count in enumerate(self._counts):
+        for stage, chunk in enumerate(self._first_chunks):
             # The chunk that ends (backward) or begins (forward) the rank's step has nothing but itself to hide behind.
             passes = self.chunks[stage][0]
             beside = (passes[1] if backward else passes[0]).total
-            chunk = count / layout.vpp
             if stage == 0:
-                buckets = self._buckets(chunk)
+                buckets = self._buckets(chunk.parameters)
                 seconds = collective(chunk, messages=buckets)
                 waits.append(max(seconds / buckets, seconds - beside))
             else:
@@ -247,29 +272,19 @@ class Timing:
 
     @cached_property
     def _hidden_contention_s(self) -> float:
-        whole = max(self.reduce_s(count) + self.gather_s(count) for count in self._counts)
+        whole = max(self.reduce_s(held) + self.gather_s(held) for held in self._held)
         return max(0.0, whole - self.exposed_dp_s) * self.efficiency.contention
 
     @cached_property
     def optimizer_s(self) -> float:
         """Adam over this rank's part, the gradients' norm and zeroing, and casting weights to FP8 once a step: all traffic."""
         precision = self.stage.precision
-        count = max(self._counts)
-        held = count / (self._replicas if self.layout.distributed_optimizer else 1)
+        held = max(self._held, key=lambda held: held.parameters)
+        sharded = held.parameters / (self._replicas if self.layout.distributed_optimizer else 1)
         gradient = 4.0 if precision.grad_reduce_in_fp32 else self.layer.width
         # Norm and update read the gradient; master weight and both moments are read and written; the weight is written.
-        adam = held * (2 * gradient + 3 * 8.0 + (self.layer.width if self.layer.plain == "bf16" else 0.0))
-        zeroing = gradient * count
-        casting = 0.0
-        if precision.fp8:
-            matrices = self.model.num_layers * layer_matrices(self.model) / (self.layout.tp * self.layout.pp)
-            read = self.layer.width * (2 if precision.fp8 == "tensorwise" else 1)
-            casting = matrices * (read + 2.0)
+        adam = sharded * (2 * gradient + 3 * 8.0 + (self.layer.width if self.layer.plain == "bf16" else 0.0))
+        zeroing = gradient * held.parameters
+        read = self.layer.width * (2 if precision.fp8 == "tensorwise" else 1)
+        casting = held.fp8_matrices * (read + 2.0)
         return self.device.traffic_s(adam + zeroing + casting)
-
-
-def in_bf16(at_start: int, at_end: int, first: int, size: int, model: ModelConfig) -> int:
-    """How many of `size` layers from `first` on the FP8 recipe leaves in bf16."""
-    start = max(0, min(at_start, first + size) - first)
-    end = max(0, first + size - max(model.num_layers - at_end, first))
-    return min(size, start + end)

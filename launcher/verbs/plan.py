@@ -5,6 +5,7 @@ does not fit its GPUs is shown and refused: exit code 2.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from launcher.plan.prepared import known_sizes
 from launcher.rundir.exits import ExitClass
 from launcher.verbs.request import Request
 
+FEWER = "a shorter stage.checkpoint.interval_tokens, or figures of the cluster that are not so bad"
 FORMATS = (".html", ".svg", ".png")
 OPTIONS: dict[str, tuple[str, ...]] = {"out": ("json",), "picture": ()}
 
@@ -31,7 +33,10 @@ def act(request: Request) -> int:
     if picture := request.options.get("picture"):
         draw(Path(picture), stages=stages)
     check_fits(request.config)
-    return ExitClass.DONE
+    hopeless = [f"stage {stage['stage']}: {line}. Fix: {FEWER}" for stage in stages for line in stage["refusals"]]
+    for line in hopeless:
+        print(f"phidias: {line}", file=sys.stderr)
+    return ExitClass.REFUSED if hopeless else ExitClass.DONE
 
 
 def print_page(request: Request, *, stages: list[dict[str, Any]], sizes: Any) -> None:
@@ -46,6 +51,9 @@ def refuse_format(picture: str | None) -> None:
     if picture is not None and Path(picture).suffix not in FORMATS:
         rule = "the suffix says what is drawn"
         raise ConfigError(Problem("picture", picture, rule, f"one of {', '.join(FORMATS)}"))
+    if picture is not None and not os.access(Path(picture).parent, os.W_OK):
+        rule = f"it is written to {Path(picture).parent}, which is no folder that you may write to"
+        raise ConfigError(Problem("picture", picture, rule, "another path"))
 
 
 def draw(path: Path, *, stages: list[dict[str, Any]]) -> None:

@@ -37,7 +37,7 @@ def memory(config=LLAMA, *, precision="bf16", precision_fields=None, num_nodes=N
         layout=replace(stage.layout, **layout),
     )
     cluster = replace(config.cluster, num_nodes=num_nodes or config.cluster.num_nodes)
-    return Memory(stage, model=config.model, cluster=cluster)
+    return Memory(stage, model=config.model, cluster=cluster, hardware=config.hardware)
 
 
 def activations(components):

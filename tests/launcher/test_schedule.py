@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table
 
 from launcher.plan.schedule import (
-    bubble_time,
     chunks_in_flight,
     chunks_in_flight_by_chunk,
     num_warmup,
@@ -121,8 +120,6 @@ def test_bubble_of_equal_stages_is_narayanans(shape, forward, ratio):
     ideal_s = num_microbatches * vpp * forward * (1 + ratio)
     bubble_s = ideal_s * bubble_fraction(SimpleNamespace(pp=pp, vpp=vpp), num_microbatches=num_microbatches)
     assert makespan(num_microbatches, *times) - ideal_s == pytest.approx(bubble_s, rel=1e-9, abs=1e-9)
-    idle_s = bubble_time(num_microbatches=num_microbatches, forward_s=times[0], backward_s=times[1])
-    assert idle_s == pytest.approx(bubble_s, rel=1e-9, abs=1e-9)
 
 
 @given(shape=shapes(), ratio=st.floats(0.5, 4), send=st.floats(0, 0.1))
