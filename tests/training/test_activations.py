@@ -113,7 +113,8 @@ def measured(wanted: ModelConfig, config: StageConfig) -> tuple[int, int]:
     """Bytes that the forward pass of the whole model keeps, and what the backward pass adds to them by recomputing."""
     layout = config.layout
     shape = (layout.micro_batch_size, config.stage.seq_length // layout.cp)
-    with one_rank(layout, world_size=layout.model_parallel_size):
+    # Two replicas: of one rank alone the groups would be real, and each leaves threads behind.
+    with one_rank(layout, world_size=2 * layout.model_parallel_size):
         megatron = transformer_config(config, model=wanted)
         chunk = build_chunk(config, model=wanted, config=megatron, vp_stage=None)
         initialize_parameters([chunk], model=wanted, seed=7)
