@@ -9,10 +9,12 @@ import traceback
 import warnings
 from pathlib import Path
 
-from training.processes import die_with_parent
+from training.processes import adopt_slurm_rank, die_with_parent
 
 if __name__ == "__main__":
-    die_with_parent()  # before torch is imported, which takes seconds
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # Slurm ends what it has started itself
+        die_with_parent()  # before torch is imported, which takes seconds
+    adopt_slurm_rank(os.environ)
     os.register_at_fork(after_in_child=die_with_parent)  # the writers of a checkpoint
 
 import torch

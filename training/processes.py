@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import multiprocessing
 import signal
+from collections.abc import MutableMapping
 from multiprocessing.managers import SyncManager
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -16,6 +17,14 @@ def die_with_parent() -> None:
     its successor."""
     with contextlib.suppress(OSError, AttributeError):  # not on Linux
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def adopt_slurm_rank(environment: MutableMapping[str, str]) -> None:
+    """A rank that srun started: what torchrun would have set. MASTER_ADDR and MASTER_PORT come from the job."""
+    if "RANK" in environment or "SLURM_PROCID" not in environment:
+        return
+    names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+    environment.update({ours: environment[theirs] for ours, theirs in names.items()})
 
 
 def own_results_queue() -> None:

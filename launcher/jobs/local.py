@@ -10,8 +10,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
 
 from launcher.config.errors import ConfigError, Problem
 from launcher.config.schema import Cluster, RunConfig
@@ -30,22 +32,50 @@ TELLING = [kind.name for kind in (ExitClass.NEEDS_PERSON, ExitClass.REFUSED, Exi
 TELLING += [kind.name for kind in ExitClass if kind.name not in TELLING]
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """How an executor starts the ranks of a stage, and which signals ask them to save: the second one ends them at once where
+    nobody else would."""
+
+    command: Callable[[str], list[str]]
+    environment: Mapping[str, str]
+    signals: tuple[signal.Signals, ...]
+    second_ends: bool
+
+
+def local_ranks(run: RunDir, config: RunConfig) -> Ranks:
+    """torchrun on this machine."""
+    return Ranks(
+        command=lambda stage: torchrun_command(run, cluster=config.cluster, stage=stage),
+        environment=rank_environment(config.cluster),
+        signals=(signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
+        second_ends=True,
+    )
+
+
 def train(run: RunDir, config: RunConfig) -> ExitClass:
-    """Trains every selected stage that is not done. Returns the exit class of the first that did not end well, else DONE."""
+    """Trains every selected stage that is not done, on this machine. Returns the exit class of the first that did not end well,
+    else DONE."""
     refuse_port_in_use(config.cluster)
+    return train_stages(run, config, ranks=local_ranks(run, config))[0]
+
+
+def train_stages(run: RunDir, config: RunConfig, *, ranks: Ranks, **about: Any) -> tuple[ExitClass, list[int]]:
+    """The exit class, and the signals that came. `about` goes into the event that records the launch."""
+    asked: list[int] = []
     with lock_run(run) as lock, LiveView(run, config, config.monitor.console) as view:
         run.stop_flag.unlink(missing_ok=True)
-        append_record(run.events, "start", command=sys.argv, pid=os.getpid())
+        append_record(run.events, "start", command=sys.argv, pid=os.getpid(), **about)
         for stage in config.stage_names:
             if stage_is_done(run, config, stage):
                 view.note(f"{stage}: done already")
                 continue
-            ended = run_stage(run, config, stage=stage, lock=lock, view=view)
+            ended = run_stage(run, stage=stage, ranks=ranks, lock=lock, view=view, asked=asked)
             if ended is ExitClass.DONE and run.stop_flag.exists():
                 ended = ExitClass.INTERRUPTED  # asked while the stage took its last step
             if ended is not ExitClass.DONE:
-                return ended
-    return ExitClass.DONE
+                return ended, asked
+    return ExitClass.DONE, asked
 
 
 def stage_is_done(run: RunDir, config: RunConfig, stage: str) -> bool:
@@ -54,26 +84,26 @@ def stage_is_done(run: RunDir, config: RunConfig, stage: str) -> bool:
     return stage_end(run, stage, num_samples=num_samples) is not None
 
 
-def run_stage(run: RunDir, config: RunConfig, *, stage: str, lock: int, view: LiveView) -> ExitClass:
-    """Starts torchrun for one stage and waits for its end."""
+def run_stage(run: RunDir, *, stage: str, ranks: Ranks, lock: int, view: LiveView, asked: list[int]) -> ExitClass:
+    """Starts the ranks of one stage and waits for their end; adds the signals that came to `asked`."""
     run.logs.mkdir(exist_ok=True)
     log_path = run.logs / f"{stage}.log"
     num_events = sum(1 for _ in read_records(run.events))
     with log_path.open("ab") as log:
         process = subprocess.Popen(
-            torchrun_command(run, cluster=config.cluster, stage=stage),
+            ranks.command(stage),
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=rank_environment(config.cluster),
+            env=dict(ranks.environment),
             start_new_session=True,  # Ctrl-C reaches this process alone, which asks the ranks to save
             pass_fds=[lock],  # the run stays locked while torchrun lives, and ranks die with it, even if this process is killed
         )
-        with ask_on_interrupt(run, process, view) as asked:
+        with ask_on_interrupt(run, process, view, ranks=ranks, asked=asked):
             while process.poll() is None:
                 view.refresh()
                 time.sleep(REFRESH_S)
         view.refresh()
-    if len(asked) > 1:
+    if ranks.second_ends and len(asked) > 1:
         view.note(f"{stage}: ended at once; it goes on from its last checkpoint")
         return ExitClass.INTERRUPTED
     ended, error = how_it_ended(run, stage, skip=num_events, code=process.returncode)
@@ -100,23 +130,24 @@ def rank_environment(cluster: Cluster) -> dict[str, str]:
 
 
 @contextmanager
-def ask_on_interrupt(run: RunDir, process: "subprocess.Popen[bytes]", view: LiveView) -> Iterator[list[int]]:
-    """While the block runs, SIGINT, SIGTERM and SIGHUP ask the ranks to save and stop; the second one kills them. Yields the
-    signals that came."""
-    asked: list[int] = []
+def ask_on_interrupt(
+    run: RunDir, process: "subprocess.Popen[bytes]", view: LiveView, *, ranks: Ranks, asked: list[int]
+) -> Iterator[None]:
+    """While the block runs, a signal asks the ranks to save and stop; the second one kills them where the executor says so."""
 
     def ask(number: int, _: object) -> None:
         asked.append(number)
         if len(asked) == 1:
             run.stop_flag.touch()
-            view.note("stopping: the ranks save after this step (again to end them at once)")
-        else:
+            again = " (again to end them at once)" if ranks.second_ends else f", on {signal.Signals(number).name}"
+            view.note(f"stopping: the ranks save after this step{again}")
+        elif ranks.second_ends:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # the ranks die with torchrun
 
-    before = {kind: signal.signal(kind, ask) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {kind: signal.signal(kind, ask) for kind in ranks.signals}
     try:
-        yield asked
+        yield
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)

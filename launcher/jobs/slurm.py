@@ -42,10 +42,8 @@ def run_sbatch(command: Sequence[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=child_environment())
     except FileNotFoundError as error:
-        rule = "engine=slurm calls sbatch of this machine"
-        raise ConfigError(
-            Problem("engine", "no sbatch on the PATH", rule, "log in where jobs are submitted, or engine=local")
-        ) from error
+        rule = "jobs are submitted by sbatch of this machine"
+        raise ConfigError(Problem("engine", "no sbatch on the PATH", rule, "log in where jobs are submitted")) from error
     except subprocess.CalledProcessError as error:
         raise ConfigError(
             Problem("engine", f"sbatch said: {error.stderr.strip()}", "Slurm takes the job", "correct cluster.*")

@@ -30,7 +30,13 @@ from launcher.verbs.request import Request, take_options
 HASH_CHARACTERS = 6
 SECTIONS = {*SHARED, *PER_STAGE, "hydra"}
 # Written down: importing every verb to ask it would take longer than the verb itself.
-OPTION_OWNERS = {"out": ("plan", "exposure"), "picture": ("plan",), "dry": ("data",), "action": ("data",), "engine": ("data",)}
+OPTION_OWNERS = {
+    "out": ("plan", "exposure"),
+    "picture": ("plan",),
+    "dry": ("data", "submit"),
+    "action": ("data",),
+    "engine": ("data",),
+}
 
 
 def run_config_verb(verb: str, *, words: Sequence[str]) -> int:

@@ -34,5 +34,6 @@ def say_chosen(request: Request) -> None:
 
 def refuse_slurm(config: RunConfig) -> None:
     if config.cluster.kind == "slurm":
-        rule = "`phidias train` runs on this machine; submitting to Slurm is not part of this version"
-        raise ConfigError(Problem("cluster.kind", "slurm", rule, "cluster=local, with a layout for its ranks"))
+        rule = "`phidias train` runs on this machine"
+        fix = "`phidias submit` with the same words, or cluster=local with a layout for its ranks"
+        raise ConfigError(Problem("cluster.kind", "slurm", rule, fix))

@@ -113,7 +113,7 @@ def test_exposure_out_json(phidias):
         (["plan", "stage=pretrain"], 2, ["run 'demo' has the stages"]),
         (["plan", "layout.tp=2"], 2, ["add stage=demo_pretrain"]),
         (["plan", "out=xml"], 2, ["'xml'", "out=json"]),
-        (["plan", "dry=true"], 2, ["dry: found an option of data; plan takes out="]),
+        (["plan", "dry=true"], 2, ["dry: found an option of data and submit; plan takes out="]),
         (["train", "out=json"], 2, ["out: found an option of plan and exposure"]),
         (["plan", "outt=json"], 2, ["did you mean out=?"]),
         (["data", "dry=true", "action=verify"], 2, ["action: found action=verify with dry=true"]),
@@ -121,7 +121,7 @@ def test_exposure_out_json(phidias):
         (["data", "action=verfy"], 2, ["it is one of verify"]),
         (["plan", "model.num_layers=0"], 2, ["greater than 0"]),
         (["plan", "--config-dir", "nowhere"], 2, ["nowhere"]),
-        (["train", "run=phi4"], 2, ["cluster.kind: found slurm", "Slurm is not part of this version"]),
+        (["train", "run=phi4"], 2, ["cluster.kind: found slurm", "`phidias submit` with the same words"]),
         (
             ["train"],
             2,
