@@ -13,6 +13,7 @@ import yaml
 
 from launcher.config.compose import compose_run
 from launcher.config.errors import ConfigError
+from launcher.config.validate import dump_run, validate_run
 from launcher.plan.prepared import Prepared
 from launcher.rundir import freeze
 from launcher.rundir.checkpoints import FORMAT_VERSION, Meta
@@ -203,6 +204,30 @@ def test_older_configs_are_upgraded(demo, monkeypatch):
 
     monkeypatch.setitem(freeze.UPGRADES, 0, rename)
     assert read_config(run) == demo()
+
+
+@pytest.mark.parametrize("words", [["run=demo"], ["run=phi4"]])
+def test_a_config_of_schema_3_says_what_it_said(words):
+    """Devices, networks and uneven pipelines came with schema 4."""
+    config = compose_run(words)
+    tree = dump_run(config)
+    tree["schema_version"] = 3
+    del tree["hardware"], tree["cluster"]["operations"]
+    if tree["cluster"]["network"]:
+        tree["cluster"]["network"] = {"intra_node_gb_per_s": 450, "inter_node_gb_per_s": 50}
+    added = (
+        "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage", "account_for_embedding_in_pipeline_split",
+        "account_for_loss_in_pipeline_split", "recompute_modules", "tp_comm_overlap",
+    )  # fmt: skip
+    for stage in tree["stages"]:
+        for name in added:
+            del stage["layout"][name]
+    found = validate_run(freeze.upgrade(tree))
+    assert found.hardware == config.hardware
+    layout = found.stages[0].layout
+    assert layout.recompute_modules == ("core_attn",) and not layout.tp_comm_overlap  # what selective was, and what ran
+    assert (layout.tp, layout.pp) == (config.stages[0].layout.tp, config.stages[0].layout.pp)
+    assert found.model == config.model
 
 
 def test_new_code_on_an_old_run_is_recorded(demo, monkeypatch):
