@@ -20,6 +20,8 @@ VERBS = {
     "train": Verb("[overrides]", "train the stages of a run on this machine; goes on where it stopped", True),
     "calibrate": Verb("[run ...] [rows=TABLE.csv] out=FOLDER [name=site]", "fit the planner to measured runs", False),
     "submit": Verb("[overrides] [dry=true]", "queue the stages of a run on a Slurm cluster; goes on where it stopped", True),
+    "resume": Verb("<run>", "go on with a run as it is frozen, on its cluster or on this machine", False),
+    "logs": Verb("<run> [stage=X] [lines=40]", "the end of what a run has said", False),
     "stop": Verb("<run> [now=true]", "have a run save and end, and cancel what of it waits", False),
     "job": Verb("[overrides]", "inside a Slurm job: what slurm/pretrain.sh runs", False),
     "export": Verb("<run> [stage=X] [prompt=TEXT]", "write a Hugging Face checkpoint", False),

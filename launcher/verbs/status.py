@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.config.errors import ConfigError, Problem
+from launcher.jobs.queue import queued
 from launcher.plan.page import UNKNOWN, short
 from launcher.rundir.exits import ExitClass
 from launcher.rundir.lock import is_live
@@ -43,13 +44,14 @@ def run(words: Sequence[str]) -> int:
 
 
 def status_row(run: RunDir) -> dict[str, Any]:
-    """One run. `goodput` and `jobs` belong to executors that keep them; a local run has none."""
+    """One run. `jobs` are those that Slurm has of it; a local run has none. `goodput` is not kept yet."""
     status = parse_status(run.status.read_text(errors="replace")) if run.status.exists() else {}
     events = list(read_records(run.events))
     row: dict[str, Any] = {"name": run.name, **{key: status.get(key) for key in FROM_STATUS}}
     row["state"] = state_of(status, live=is_live(run))
     restarts = sum(event["kind"] == "resume" for event in events)
-    return row | {"goodput": None, "restarts": restarts, "last_fault": open_fault(events), "jobs": []}
+    jobs = [{"job": job, "state": state} for job, state in queued(run).items()]
+    return row | {"goodput": None, "restarts": restarts, "last_fault": open_fault(events), "jobs": jobs}
 
 
 def open_fault(events: Sequence[dict[str, Any]]) -> str | None:

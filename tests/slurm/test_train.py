@@ -1,5 +1,6 @@
 """slurm/pretrain.sh on a real cluster, with real megatron-core ranks over gloo: two nodes train, are interrupted and go on."""
 
+import json
 import os
 import time
 from pathlib import Path
@@ -92,10 +93,14 @@ def test_a_stage_that_fails_takes_those_after_it_along(slurm, workspace):
     slurm.run("scancel", first)
     slurm.wait(first, "CANCELLED")
     slurm.wait(second, "CANCELLED")
+    assert phidias(slurm, both, "status", both.run, f"runs_dir={both.root / 'runs'}", "out=json").count('"jobs": []') == 1
     # Again: what is not done is queued anew; a person stops it, and nothing of it is left.
-    again = phidias(slurm, both, "submit", *command)
+    again = phidias(slurm, both, "resume", both.run, f"runs_dir={both.root / 'runs'}")
     number = again.split("job ")[1].split(";")[0]
     until(lambda: len(losses(both)) >= 2, what="the second step")
+    state = json.loads(phidias(slurm, both, "status", both.run, f"runs_dir={both.root / 'runs'}", "out=json"))[0]
+    assert {"job": number, "state": "RUNNING"} in state["jobs"]
+    assert f"job_{number}.log" in phidias(slurm, both, "logs", both.run, f"runs_dir={both.root / 'runs'}", "lines=5")
     assert "save after this step" in phidias(slurm, both, "stop", both.run, f"runs_dir={both.root / 'runs'}")
     (job,) = slurm.wait(number, "FAILED", timeout=STARTED_S)
     assert job.exit_code == 130 and [row["exit"] for row in both.events("job_end")][-1] == "INTERRUPTED"

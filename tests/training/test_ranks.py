@@ -17,10 +17,10 @@ CASES = {
     1: ["layout:one", "layout:mbs4", "layout:plain_optimizer", "layout:recompute", "layout:selective", "layout:selective_mlp",
         "resume:one", "batch", "nan", "masked:one", "masked:mbs4"],
     2: [
-        *(f"layout:{name}" for name in ("tp2", "tp2_sp", "pp2", "pp2_first1", "pp2_vpp2", "pp2_vpp3_ends", "cp2")),
+        *(f"layout:{name}" for name in ("tp2", "tp2_sp", "pp2_first1", "pp2_vpp2", "pp2_vpp3_ends", "cp2")),
         *(f"layout:{name}" for name in ("dp2", "dp2_plain", "dp2_overlap")),
         *(f"resume:{name}" for name in ("dp2", "dp2_overlap", "tp2_sp", "pp2", "pp2_vpp2", "cp2")),
-        "resume:dp2:bf16", "move:dp2:tp2_sp", "move:tp2:pp2_vpp2", "move:pp2:cp2", "move:dp2:pp2_first1",
+        "resume:dp2:bf16", "move:dp2:tp2_sp", "move:tp2:pp2_vpp2", "move:pp2:cp2",
         *(f"masked:{name}" for name in ("tp2_sp", "pp2", "pp2_vpp2", "cp2_mbs2", "dp2")),
         "packed:cp2",
     ],
