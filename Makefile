@@ -9,7 +9,7 @@ FIND_LINKS := $(shell $(PYTHON) -m pip config list 2>/dev/null | sed -n "s/.*fin
 # Every command starts faster from cached bytecode, also where the environment switches the cache off.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test test-slow check bench clean
 setup: $(STAMP)
 
 $(STAMP): setup.cfg constraints.txt Makefile
@@ -32,6 +32,10 @@ demo: setup
 # Two files at a time: most tests use one core, and those of several ranks do not mind.
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# With the cases that take minutes each.
+test-slow: setup
+	PHIDIAS_SLOW=1 $(BIN)/python -m pytest tests/training/test_ranks.py tests/launcher/test_planner_search.py
 
 check: setup
 	$(BIN)/ruff check .

@@ -200,7 +200,7 @@ CONFIGS = [
     (
         ["run=phi4", "precision=fp8_tensorwise", "precision.num_layers_at_end_in_bf16=40"],
         "precision.num_layers_at_end_in_bf16",
-        ["40", "they lie in one pipeline stage, of 20 layers"],
+        ["40", "Megatron allows num_layers / pp, 20"],
     ),
     (
         ["run=phi4", "precision=fp8_delayed", "precision.num_layers_at_start_in_bf16=1"],
