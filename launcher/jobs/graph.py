@@ -10,8 +10,6 @@ from launcher.rundir.code import SOURCE_ROOT
 from launcher.rundir.paths import RunDir
 
 TRAIN_SCRIPT = SOURCE_ROOT / "slurm" / "pretrain.sh"
-# Seconds before the time limit at which a job is asked to save. A step and a checkpoint have to fit.
-SAVE_AHEAD_S = 300
 
 
 def stage_line(config: RunConfig, *, stage: str, after: str | None) -> list[str]:
@@ -40,4 +38,4 @@ def resources(cluster: Cluster) -> list[str]:
     """Whole nodes, a task a rank."""
     nodes = [f"--nodes={cluster.num_nodes}", f"--ntasks-per-node={cluster.gpus_per_node}"]
     gpus = [f"--gpus-per-node={cluster.gpus_per_node}", "--exclusive"] if cluster.gpu else []
-    return [*nodes, *gpus, f"--signal=B:USR1@{SAVE_AHEAD_S}"]
+    return [*nodes, *gpus]

@@ -3,12 +3,16 @@
 import subprocess
 from collections.abc import Sequence
 
+from launcher.config.errors import ConfigError, Problem
 from launcher.config.schema import RunConfig
 from launcher.jobs.graph import stage_line
 from launcher.jobs.local import stage_is_done
 from launcher.jobs.slurm import run_sbatch
 from launcher.rundir.paths import RunDir
 from launcher.rundir.records import append_record, read_records
+
+# squeue's words of a job that ended longer ago than MinJobAge.
+FORGOTTEN = "Invalid job id"
 
 
 def known_jobs(run: RunDir) -> list[str]:
@@ -18,17 +22,20 @@ def known_jobs(run: RunDir) -> list[str]:
 
 def queued(run: RunDir, *, states: Sequence[str] = ()) -> dict[str, str]:
     """State of each of its jobs that Slurm still has, by id; of those in `states` where some are named. Empty where no job is
-    known or Slurm is not here."""
+    known, or Slurm has forgotten them, or is not here. ConfigError where it does not answer: a run may be live then."""
     jobs = known_jobs(run)
     if not jobs:
         return {}
     chosen = [f"--states={','.join(states)}"] if states else []
     command = ["squeue", "--noheader", f"--jobs={','.join(jobs)}", *chosen, "--format=%i %T"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return {}
-    return dict(line.split(maxsplit=1) for line in said.splitlines() if line.strip())
+    if done.returncode and FORGOTTEN not in done.stderr:
+        found = f"squeue said: {done.stderr.strip()}"
+        raise ConfigError(Problem("cluster", found, "what runs must be known", "try again where squeue answers"))
+    return dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if line.strip())
 
 
 def stages_left(run: RunDir, config: RunConfig) -> list[str]:

@@ -46,7 +46,7 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Seconds of one microbatch through each chunk, [stage][chunk], and of one send between stages that is not overlapped."""
+    """Seconds of one microbatch through each chunk, [stage][chunk], and of one send between stages."""
 
     forward_s: tuple[tuple[float, ...], ...]
     backward_s: tuple[tuple[float, ...], ...]

@@ -34,7 +34,6 @@ def act(request: Request) -> int:
     check_run(config)
     check_fits(config)
     prepared = check_data_ready(config)
-
     refuse_headless(RunDir(Path(config.run.runs_dir) / config.run.name), config)
     run_dir = open_run(config, prepared=prepared, on_change=print)
     remember(run_dir, config, allocation=allocation)

@@ -4,6 +4,7 @@ Keys: runs_dir=runs  out=json"""
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,14 @@ def status_row(run: RunDir) -> dict[str, Any]:
     row: dict[str, Any] = {"name": run.name, **{key: status.get(key) for key in FROM_STATUS}}
     row["state"] = state_of(status, live=is_live(run))
     restarts = sum(event["kind"] == "resume" for event in events)
-    jobs = [{"job": job, "state": state} for job, state in queued(run).items()]
-    return row | {"goodput": None, "restarts": restarts, "last_fault": open_fault(events), "jobs": jobs}
+    return row | {"goodput": None, "restarts": restarts, "last_fault": open_fault(events), "jobs": jobs_of(run)}
+
+
+def jobs_of(run: RunDir) -> list[dict[str, str]]:
+    """What Slurm has of the run; nothing where it does not answer: the run directory tells the rest."""
+    with suppress(ConfigError):
+        return [{"job": job, "state": state} for job, state in queued(run).items()]
+    return []
 
 
 def open_fault(events: Sequence[dict[str, Any]]) -> str | None:

@@ -293,6 +293,20 @@ def test_train_freezes_the_config_and_returns_the_executors_exit_class(corpus, p
     assert code == 3 and "run.seed: the run has 42, asked for 3" in err
 
 
+def test_resume_goes_on_with_what_is_frozen(corpus, phidias, trained):
+    calls, ending = trained
+    ending[0] = ExitClass.INTERRUPTED
+    assert phidias("train", *FITS, "run.name=again", "monitor.log_interval=7")[0] == 130
+    assert phidias("resume", "again")[0] == 130
+    (_, before), (run, config) = calls
+    assert config == before and config.monitor.log_interval == 7 and run.name == "again"
+    code, _, err = phidias("resume", "agian")
+    assert code == 3 and "did you mean again" in err
+    (Path("runs/demo_data") / "code" / "manifest.json").unlink()
+    code, _, err = phidias("resume", "again")
+    assert code == 2 and "no data" in err and len(calls) == 2
+
+
 def test_train_reports_all_that_is_wrong_with_the_data(corpus, phidias, trained):
     tokenizer = Path("runs/demo_data/tokenizer.json")
     fields = json.loads(tokenizer.read_text())

@@ -1,5 +1,6 @@
 """Lines for sbatch and srun, and what an allocation is: values in, values out."""
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -7,8 +8,11 @@ import pytest
 from launcher.config.compose import compose_run
 from launcher.config.errors import ConfigError
 from launcher.jobs.allocation import Allocation, fitted_to, port, srun_command
-from launcher.jobs.graph import job_comment, stage_line
+from launcher.jobs.graph import TRAIN_SCRIPT, job_comment, stage_line
+from launcher.jobs.queue import known_jobs, queued
 from launcher.rundir.paths import RunDir
+from launcher.rundir.records import append_record
+from launcher.verbs.status import jobs_of
 
 PHI4 = compose_run(["run=phi4", "cluster.partition=gpu", "cluster.account=us"])
 GIVEN = Allocation(job="4711", num_nodes=240, tasks_per_node=8, nodes=("n1", "n2"), restarts=0)
@@ -21,10 +25,12 @@ def test_a_stage_as_a_job(tmp_path):
     for option in (
         "--job-name=phi4.midtrain", "--nodes=240", "--ntasks-per-node=8", "--gpus-per-node=8", "--exclusive",
         "--partition=gpu", "--account=us", "--time=1-00:00:00", "--dependency=afterok:17", "--kill-on-invalid-dep=yes",
-        "--signal=B:USR1@300", f"--comment={tmp_path / 'my runs' / 'phi4'}:midtrain",
+        f"--comment={tmp_path / 'my runs' / 'phi4'}:midtrain",
     ):  # fmt: skip
         assert option in line, option
     assert not any("dependency" in word for word in stage_line(config, stage="pretrain", after=None))
+    header = TRAIN_SCRIPT.read_text().splitlines()
+    assert {"#SBATCH --signal=B:USR1@300", "#SBATCH --requeue", "#SBATCH --open-mode=append"} <= set(header)
 
 
 def test_cpu_ranks_ask_for_no_gpus():
@@ -68,3 +74,44 @@ def test_ports_of_jobs_side_by_side_differ():
 
 def test_a_job_carries_its_run_and_stages(tmp_path):
     assert job_comment(RunDir(tmp_path), stages=("pretrain", "midtrain")) == f"{tmp_path}:pretrain,midtrain"
+
+
+SQUEUE = """#!/bin/sh
+echo "$@" >&2
+{0}
+"""
+
+
+@pytest.fixture
+def squeue(tmp_path, monkeypatch):
+    """A squeue that says what it is told, and a run with two jobs."""
+    run = RunDir(tmp_path / "run")
+    run.root.mkdir()
+    for job in ("7", "8", "7"):
+        append_record(run.events, "start", job=job)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    def says(script):
+        (tmp_path / "squeue").write_text(SQUEUE.format(script))
+        (tmp_path / "squeue").chmod(0o755)
+        return run
+
+    return says
+
+
+def test_jobs_in_the_queue(squeue):
+    run = squeue('echo "8 PENDING"')
+    assert known_jobs(run) == ["7", "8"]
+    assert queued(run) == {"8": "PENDING"}
+    assert queued(squeue('echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1')) == {}
+
+
+def test_a_queue_that_does_not_answer_is_not_empty(squeue, monkeypatch, tmp_path):
+    """Else a second submit would queue a live run again."""
+    run = squeue('echo "Unable to contact slurm controller" >&2; exit 1')
+    with pytest.raises(ConfigError, match="Unable to contact slurm controller"):
+        queued(run)
+    assert jobs_of(run) == []
+    (tmp_path / "squeue").unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert queued(run) == {}
