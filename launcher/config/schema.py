@@ -14,14 +14,15 @@ from pydantic.dataclasses import dataclass
 from data_prep.spec import STRICT, DataSettings, Float, Int, Mixture, Positive, PositiveInt, TokenizerSpec
 from launcher.config.hardware import Hardware, Name, NonNegative
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 Probability = Annotated[Float, Field(ge=0.0, lt=1.0)]
 
 
 @dataclass(config=STRICT, frozen=True)
 class RunSettings:
-    """Who the run is. `stages` are stage file names, in the order they are trained."""
+    """Who the run is. `stages` are stage file names, in the order they are trained; `after`: what `phidias submit` queues
+    behind the last of them."""
 
     _: KW_ONLY
     name: Name
@@ -29,6 +30,7 @@ class RunSettings:
     runs_dir: str
     data_dir: str
     stages: Annotated[tuple[Name, ...], Field(min_length=1)]
+    after: tuple[Literal["export", "eval"], ...]
 
 
 @dataclass(config=STRICT, frozen=True)
@@ -215,10 +217,42 @@ class Operations:
 
 
 @dataclass(config=STRICT, frozen=True)
+class Container:
+    """What ranks run in. `image` is a file or an address that `runtime` knows; `mounts` are `outside:inside`, beside the
+    folders of the run, its data and its code, which are mounted under their own names; `python` is the interpreter inside."""
+
+    _: KW_ONLY
+    runtime: Literal["pyxis", "apptainer"]
+    image: Annotated[str, Field(min_length=1)]
+    mounts: tuple[Annotated[str, Field(pattern=r"^/[^:]*:/[^:]*(:(ro|rw))?$")], ...]
+    python: Annotated[str, Field(min_length=1)]
+
+
+@dataclass(config=STRICT, frozen=True)
+class NodeChecks:
+    """What nodes must show before ranks start on them; null: not looked at. `gpu_memory_free_gib` of every GPU, `disk_free_gib`
+    where the run is written, `infiniband_ports` that are active. The last three are measured, in at most `max_s`: BF16 products
+    on every GPU, all-reduce (bus bandwidth) among the GPUs of a node and between nodes."""
+
+    _: KW_ONLY
+    gpu_memory_free_gib: Positive | None
+    disk_free_gib: Positive | None
+    infiniband_ports: PositiveInt | None
+    clock_skew_s: Positive | None
+    gemm_tflops: Positive | None
+    node_all_reduce_gb_per_s: Positive | None
+    all_reduce_gb_per_s: Positive | None
+    max_s: PositiveInt
+
+
+@dataclass(config=STRICT, frozen=True)
 class Cluster:
     """Where ranks run. `gpu` names a file of model_configs/hardware; null means CPU ranks over gloo, `gpus_per_node` of them,
     of which no time is predicted. `master_port: null` takes a free one.
-    Slurm's own fields are passed to sbatch as they are."""
+
+    Slurm's own fields are passed to sbatch as they are, `sbatch_options` too (`--qos=high`); `cpu_partition` is where jobs
+    without GPUs go. Jobs ask for `spare_nodes` more than they train on. `setup` are shell lines, run before anything else on
+    every node of a job (`module load ...`)."""
 
     _: KW_ONLY
     name: Name
@@ -229,9 +263,13 @@ class Cluster:
     master_port: Annotated[Int, Field(ge=1024, lt=65536)] | None
     timeout_s: PositiveInt
     partition: str | None
+    cpu_partition: str | None
     account: str | None
     time_limit: str | None
-    container: str | None
+    sbatch_options: tuple[Annotated[str, Field(pattern=r"^--[a-z]")], ...]
+    spare_nodes: Annotated[Int, Field(ge=0)]
+    checks: NodeChecks | None
+    container: Container | None
     setup: tuple[str, ...]
     env: dict[str, str]
     network: Network | None
@@ -244,10 +282,12 @@ class Cluster:
 
 @dataclass(config=STRICT, frozen=True)
 class Wandb:
-    """Weights & Biases. `offline` writes under the run directory without a network; `disabled` does not import it."""
+    """Weights & Biases. `offline` writes under the run directory without a network; `disabled` does not import it. `key_file`
+    holds the API key, where WANDB_API_KEY is not in the environment; nobody else may read it."""
 
     _: KW_ONLY
     mode: Literal["online", "offline", "disabled"]
+    key_file: str | None
     project: str
     entity: str | None
     group: str | None
@@ -281,7 +321,7 @@ class RunConfig:
     """The whole frozen config, as `config.yaml` of the run directory holds it. `hardware` is what `cluster.gpu` names."""
 
     _: KW_ONLY
-    schema_version: Literal[4]
+    schema_version: Literal[5]
     run: RunSettings
     model: ModelConfig
     tokenizer: TokenizerSpec

@@ -29,6 +29,7 @@ UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: lambda tree: add_reading(tree),
     2: lambda tree: add_preparing(tree),
     3: lambda tree: add_planning(tree),
+    4: lambda tree: add_launching(tree),
 }
 STAGE_TOKENS = re.compile(r"stages\.[^.]+\.stage\.tokens$")
 HEADER = "# Frozen by phidias {version}. Ranks read this file; change it by overrides to `phidias train`, not by hand.\n"
@@ -194,6 +195,18 @@ def add_planning(tree: dict[str, Any]) -> dict[str, Any]:
         "cluster": {**cluster, "network": network, "operations": None},
         "hardware": read_hardware(cluster["gpu"]) if cluster["gpu"] else None,
         "stages": [{**stage, "layout": {**layout, **stage["layout"]}} for stage in tree["stages"]],
+    }
+
+
+def add_launching(tree: dict[str, Any]) -> dict[str, Any]:
+    """Schema 4 to 5: how jobs are launched before it could be said. `container` was a name that nothing read."""
+    launching: dict[str, Any] = dict(cpu_partition=None, sbatch_options=[], spare_nodes=0, checks=None, container=None)
+    wandb = {"key_file": None, **tree["monitor"]["wandb"]}
+    return {
+        **tree,
+        "run": {**tree["run"], "after": []},
+        "cluster": {**tree["cluster"], **launching},
+        "monitor": {**tree["monitor"], "wandb": wandb},
     }
 
 

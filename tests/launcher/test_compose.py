@@ -124,7 +124,7 @@ BAD = [
     (["stage=demo_pretrai"], "stage", ["stage=demo_pretrain"]),
     (["run.stages=[demo_pretrain,demo_nothing]"], "stage", ["'demo_nothing'", "stage has demo_midtrain"]),
     (["layout.tp"], "layout.tp", ["key=value"]),
-    (["run.name=${run.nme}"], "monitor.wandb.group", ["${run.nme}", "did you mean run.name?"]),
+    (["run.name=${run.nme}"], "run.name", ["${run.nme}", "did you mean run.name?"]),
     (["run.name=???"], "run.name", ["nothing", "must be set"]),
     (["~model.num_layers"], "model.num_layers", ["nothing", "must be set"]),
     (["+model.num_layrs=2"], "model.num_layrs", ["unknown keys are refused", "did you mean model.num_layers?"]),

@@ -50,7 +50,7 @@ def test_a_new_run_freezes_config_plan_and_code(demo):
     assert read_json(run.code) == code_version()
     assert read_json(run.code)["packages"].keys() >= {"megatron-core", "torch"}
     assert kinds(run) == ["created"]
-    assert yaml.safe_load(run.config.read_text())["schema_version"] == 4
+    assert yaml.safe_load(run.config.read_text())["schema_version"] == 5
 
 
 def test_the_same_config_again_changes_nothing(demo):
@@ -175,8 +175,8 @@ def test_no_run_a_newer_one_and_an_edited_one(demo, tmp_path):
         read_config(RunDir(tmp_path / "nothing"))
     run = opened(demo())
     text = run.config.read_text()
-    run.config.write_text(text.replace("schema_version: 4", "schema_version: 99"))
-    with pytest.raises(RunStateError, match="schema_version 99; this code reads up to 4"):
+    run.config.write_text(text.replace("schema_version: 5", "schema_version: 99"))
+    with pytest.raises(RunStateError, match="schema_version 99; this code reads up to 5"):
         read_config(run)
     with pytest.raises(RunStateError, match="schema_version 99"):
         opened(demo())
@@ -228,6 +228,17 @@ def test_a_config_of_schema_3_says_what_it_said(words):
     assert layout.recompute_modules == ("core_attn",) and not layout.tp_comm_overlap  # what selective was, and what ran
     assert (layout.tp, layout.pp) == (config.stages[0].layout.tp, config.stages[0].layout.pp)
     assert found.model == config.model
+
+
+def test_a_config_of_schema_4_says_what_it_said():
+    """What launching asks of a cluster came with schema 5."""
+    config = compose_run(["run=demo"])
+    tree = dump_run(config)
+    tree["schema_version"], tree["cluster"]["container"] = 4, "image.sqsh"  # which nothing read
+    del tree["run"]["after"], tree["monitor"]["wandb"]["key_file"]
+    for name in ("cpu_partition", "sbatch_options", "spare_nodes", "checks"):
+        del tree["cluster"][name]
+    assert validate_run(freeze.upgrade(tree)) == config
 
 
 def test_new_code_on_an_old_run_is_recorded(demo, monkeypatch):

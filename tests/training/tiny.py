@@ -49,21 +49,21 @@ def run_config(root: Path, *, ranks: int = 1, stages: list[dict[str, Any]] | Non
     """A frozen config under `root` with one CPU rank per `ranks`."""
     stages = stages or [stage_config()]
     config = dict(
-        schema_version=4,
+        schema_version=5,
         run=dict(
             name="tiny", seed=7, runs_dir=str(root / "runs"), data_dir=str(root / "data"),
-            stages=[stage["stage"]["name"] for stage in stages],
+            stages=[stage["stage"]["name"] for stage in stages], after=[],
         ),
         model=MODEL,
         tokenizer=dict(kind="huggingface", ranks_file=None, file=str(root / "tokenizer.json"), eod="<|endoftext|>"),
         cluster=dict(
             name="local", kind="local", num_nodes=1, gpus_per_node=ranks, gpu=None, master_port=None, timeout_s=120,
-            partition=None, account=None, time_limit=None, container=None, setup=[], env={}, network=None,
-            operations=None,
+            partition=None, cpu_partition=None, account=None, time_limit=None, sbatch_options=[], spare_nodes=0, checks=None,
+            container=None, setup=[], env={}, network=None, operations=None,
         ),
         hardware=None,
         monitor=dict(log_interval=1, console="plain", tensorboard=False,
-                     wandb=dict(mode="disabled", project="phidias", entity=None, group=None)),
+                     wandb=dict(mode="disabled", key_file=None, project="phidias", entity=None, group=None)),
         data=dict(
             held_out_fraction=0.1, shard_tokens=4000, chunk_tokens=256, group_tokens=2048, num_workers=1, max_rejected_rows=0,
             num_machines=1, max_row_mib=32, shuffle_mib=32, oracle_fraction=0.0, dropped_samples=0,
