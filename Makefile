@@ -35,7 +35,7 @@ test: setup
 
 # With the cases that take minutes each.
 test-slow: setup
-	PHIDIAS_SLOW=1 $(BIN)/python -m pytest tests/training/test_ranks.py tests/launcher/test_planner_search.py
+	PHIDIAS_SLOW=1 $(BIN)/python -m pytest tests/training/test_ranks.py tests/launcher/test_planner_search.py tests/slurm
 
 check: setup
 	$(BIN)/ruff check .

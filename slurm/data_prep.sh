@@ -14,19 +14,9 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -euo pipefail
-# The script itself is a copy in Slurm's spool by now. Paths on the command line are relative to where it was submitted.
-cd "${SLURM_SUBMIT_DIR:?submit this with sbatch, from the root of the repository}"
-if [[ -n ${PHIDIAS_PYTHON:-} ]]; then
-  phidias=("$PHIDIAS_PYTHON" -P -m launcher) # of the one who submitted; -P: the folder it works in is not code
-elif [[ -x .venv/bin/phidias ]]; then
-  phidias=(.venv/bin/phidias)
-else
-  phidias=(phidias)
-fi
-if ! command -v "${phidias[0]}" >/dev/null; then
-  echo "no ${phidias[0]} on $(hostname): run 'make setup' in $PWD, or submit from an environment that this node sees too" >&2
-  exit 2
-fi
+common="${PHIDIAS_CODE:-${SLURM_SUBMIT_DIR:-}}/slurm/common.sh"
+[[ -f $common ]] || { echo "no $common: submit this with sbatch, from the root of the repository, or export PHIDIAS_CODE=<the root>" >&2; exit 2; }
+source "$common"
 # As many workers as cores, before the first override: one of the command line comes later and wins, and Hydra wants overrides
 # side by side, with no flag between them.
 workers="data.num_workers=${SLURM_CPUS_PER_TASK:-1}"

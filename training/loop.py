@@ -1,7 +1,6 @@
 """Training one stage, on one page."""
 
 import gc
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -29,11 +28,11 @@ from launcher.rundir.paths import RunDir
 from training.checkpoint import Checkpointer, layout_key
 from training.data import HeldOutFeed, StageData, TrainingFeed, ledger_from_json, ledger_to_json
 from training.errors import NonFiniteError
-from training.metrics import Metrics
+from training.metrics import Metrics, StepTimes
 from training.model import build_model
 from training.optimizer import build_optimizer, build_schedule, set_schedule
 from training.parallel import Rank
-from training.step import Stepper, Sums
+from training.step import Stepper, Sums, mixture_loss
 
 COLLECTION_INTERVAL = 100  # steps
 Found = TypeVar("Found")
@@ -78,7 +77,7 @@ class Trainer:
 
     def __init__(self, run: RunDir, config: RunConfig, *, stage: StageConfig, plan: StagePlan, rank: Rank):
         self.run, self.config, self.stage, self.plan, self.rank = run, config, stage, plan, rank
-        self.progress = Progress()
+        self.progress, self.times = Progress(), StepTimes()
         self.metrics = Metrics(run, config, stage=stage.stage.name, plan=plan, is_writer=rank.rank == 0)
         self.metrics.status("starting")
         chunks = build_model(stage, model=config.model, seed=config.run.seed, hardware=config.hardware)
@@ -173,8 +172,10 @@ class Trainer:
         sums, grad_norm = self.stepper.train(batches, num_microbatches=self.plan.microbatches_at(first), stop=stop)
         self.progress.samples, self.progress.step, self.progress.last_batch = samples, self.progress.step + 1, samples - first
         self.count(sums)
+        tokens = self.progress.last_batch * self.stage.stage.seq_length
+        self.times.add(tokens=tokens, seconds=time.perf_counter() - began, waited_s=read - began)
         if self.progress.step % self.config.monitor.log_interval == 0 or self.is_finished:
-            self.log(sums, lr=lr, grad_norm=grad_norm, step_s=time.perf_counter() - began, data_s=read - began)
+            self.log(sums, lr=lr, grad_norm=grad_norm)
         if not sums.loss < float("inf"):
             raise NonFiniteError(f"step {self.progress.step}: loss is {sums.loss}; the last checkpoint is from before it")
         return sums.stop
@@ -183,7 +184,8 @@ class Trainer:
         for name, tokens in sums.tokens_by_source(self.data.names).items():
             self.progress.tokens_by_source[name] = self.progress.tokens_by_source.get(name, 0) + tokens
 
-    def log(self, sums: Sums, *, lr: float, grad_norm: float | None, step_s: float, data_s: float) -> None:
+    def log(self, sums: Sums, *, lr: float, grad_norm: float | None) -> None:
+        """A row: the loss of this step, the times of all since the last row."""
         self.metrics.train(
             self.progress.step,
             samples=self.progress.samples,
@@ -192,10 +194,9 @@ class Trainer:
             tokens_by_source=dict(self.progress.tokens_by_source),
             lr=lr,
             grad_norm=grad_norm,
-            tokens_per_s=round(self.progress.last_batch * self.stage.stage.seq_length / step_s, 1),
-            step_time_s=round(step_s, 4),
-            data_wait_s=round(data_s, 4),
+            **self.times.means(),
         )
+        self.times = StepTimes()
         self.metrics.status("running")
 
     def due(self, interval_samples: int) -> bool:
@@ -210,10 +211,7 @@ class Trainer:
             return
         sums = self.stepper.evaluate(self.held_out.batches(), num_microbatches=self.held_out.num_microbatches)
         by_source = sums.loss_by_source(self.data.names)
-        shares = self.data.shares_at(self.progress.samples)
-        weights = {name: shares.get(name, 0.0) for name in by_source}
-        total = sum(weights.values())
-        loss = sum(by_source[name] * weight for name, weight in weights.items()) / total if total else math.nan
+        loss = mixture_loss(by_source, shares=self.data.shares_at(self.progress.samples))
         tokens = sums.tokens_by_source(self.data.names)
         self.metrics.validation(
             self.progress.step, samples=self.progress.samples, loss=loss, loss_by_source=by_source, tokens_by_source=tokens

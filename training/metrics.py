@@ -3,11 +3,13 @@
 import math
 import secrets
 import time
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from launcher.config.schema import RunConfig
 from launcher.plan.stage import StagePlan
 from launcher.rundir.paths import RunDir
+from launcher.rundir.permissions import lend_key
 from launcher.rundir.records import append_record, write_json
 
 
@@ -27,6 +29,7 @@ class WandbSink:
         from pydantic import TypeAdapter
 
         settings = config.monitor.wandb
+        lend_key(config)
         self.stage = stage
         self.run = wandb.init(
             mode=settings.mode,
@@ -72,6 +75,31 @@ class TensorBoardSink:
 
     def close(self) -> None:
         self.writer.close()
+
+
+@dataclass
+class StepTimes:
+    """The steps since the last row. What lies between steps, validations and checkpoints, is not in their seconds."""
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    waited_s: float = 0.0
+
+    def add(self, *, tokens: int, seconds: float, waited_s: float) -> None:
+        """One step; `waited_s` of its seconds went by until its batch was there."""
+        self.steps += 1
+        self.tokens += tokens
+        self.seconds += seconds
+        self.waited_s += waited_s
+
+    def means(self) -> dict[str, float]:
+        """What a row says of them."""
+        return {
+            "tokens_per_s": round(self.tokens / self.seconds, 1),
+            "step_time_s": round(self.seconds / self.steps, 4),
+            "data_wait_s": round(self.waited_s / self.steps, 4),
+        }
 
 
 class Metrics:

@@ -5,7 +5,7 @@ Shapes: B micro batch, S sequence on this rank, T the whole row, N sources.
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -46,6 +46,13 @@ class Sums:
 
     def tokens_by_source(self, names: Sequence[str]) -> dict[str, int]:
         return dict(zip(names, self.tokens_N, strict=True))
+
+
+def mixture_loss(losses: Mapping[str, float], *, shares: Mapping[str, float]) -> float:
+    """Mean of the sources' losses by their shares in the mixture, of those that have one."""
+    weights = {name: shares.get(name, 0.0) for name in losses}
+    total = sum(weights.values())
+    return sum(losses[name] * weight for name, weight in weights.items()) / total if total else math.nan
 
 
 class Stepper:

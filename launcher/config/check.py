@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from launcher.config.check_layout import LAYOUT_RULES
 from launcher.config.check_mixture import check_mixtures
 from launcher.config.check_precision import PRECISION_RULES
+from launcher.config.check_secrets import refuse_secrets
 from launcher.config.errors import ConfigError, LayoutError, Problem
 from launcher.config.schema import ModelConfig, RunConfig, StageConfig
 from launcher.config.validate import merge_over_stages
@@ -14,7 +15,8 @@ Found = tuple[str | None, Problem]  # the stage it is wrong in; None where it is
 
 
 def check_run(config: RunConfig) -> None:
-    """Raises LayoutError where only layouts are wrong, otherwise ConfigError, with all problems."""
+    """Raises LayoutError where only layouts are wrong, otherwise ConfigError, with all problems; secrets first and alone."""
+    refuse_secrets(config)
     layout = list(over_stages(config, rules=LAYOUT_RULES))
     rest = list(other_problems(config))
     problems = list(merge_over_stages([*rest, *layout], names=config.stage_names))

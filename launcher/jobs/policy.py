@@ -1,5 +1,5 @@
-"""What becomes of a job by how it ended: a row for each exit class. Restarts that bring a run forward cost nothing; those in
-vain are counted."""
+"""What becomes of a job by how its ranks ended: a row for each exit class. Restarts that bring a run forward cost nothing;
+those in vain are counted."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,20 +7,24 @@ from typing import Any, Literal
 
 from launcher.rundir.exits import ExitClass
 
-After = Literal["end", "requeue"]
+# `restart`: here, on nodes that pass their checks again; where too few do, the job is queued again without the others.
+After = Literal["end", "restart", "requeue"]
 
 POLICY: dict[ExitClass, After] = {
     ExitClass.DONE: "end",
     ExitClass.REFUSED: "end",
     ExitClass.STATE: "end",
     ExitClass.CHECKPOINTED: "requeue",
-    ExitClass.RETRYABLE: "requeue",
-    ExitClass.BAD_NODE: "requeue",
+    ExitClass.RETRYABLE: "restart",
+    ExitClass.BAD_NODE: "restart",
     ExitClass.NEEDS_PERSON: "end",
     ExitClass.INTERRUPTED: "end",
 }
 # Starts in a row without one more checkpoint before a person has to look.
 MAX_FRUITLESS = 3
+# Rows of events.jsonl that are a start: of ranks, or one that came to nothing for want of sound nodes.
+STARTS = ("start", "no_start")
+PROGRESS = ("checkpoint", "stage_done", "created", "submitted")
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,10 @@ def judge(ended: ExitClass, *, events: Sequence[dict[str, Any]]) -> Verdict:
 
 
 def fruitless_starts(events: Sequence[dict[str, Any]]) -> int:
-    """Starts since the last checkpoint or end of a stage."""
+    """Starts since the last checkpoint or end of a stage, or since a person put the run into the queue."""
     count = 0
     for event in reversed(events):
-        if event["kind"] in ("checkpoint", "stage_done"):
+        if event["kind"] in PROGRESS:
             break
-        count += event["kind"] == "start"
+        count += event["kind"] in STARTS
     return count

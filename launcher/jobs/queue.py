@@ -1,33 +1,35 @@
-"""The jobs of a run in Slurm's queue: which there are, and putting its stages there."""
+"""The jobs of a run in Slurm's queue: which there are, and putting its jobs there."""
 
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from launcher.config.errors import ConfigError, Problem
 from launcher.config.schema import RunConfig
-from launcher.jobs.graph import stage_line
-from launcher.jobs.local import stage_is_done
-from launcher.jobs.slurm import run_sbatch
+from launcher.jobs.graph import DATA, EVAL, EXPORT, Planned
+from launcher.jobs.slurm import run_sbatch, try_sbatch
+from launcher.jobs.stages import stage_is_done
+from launcher.rundir.checkpoints import newest_checkpoint
 from launcher.rundir.paths import RunDir
-from launcher.rundir.records import append_record, read_records
+from launcher.rundir.records import append_record, read_json, read_records
 
 # squeue's words of a job that ended longer ago than MinJobAge.
 FORGOTTEN = "Invalid job id"
 
 
-def known_jobs(run: RunDir) -> list[str]:
-    """Ids of all jobs that were submitted for the run or worked on it, oldest first."""
-    return list(dict.fromkeys(str(row["job"]) for row in read_records(run.events) if row.get("job")))
+def known_jobs(events: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Ids of all jobs that were submitted for a run or worked on it, oldest first."""
+    return list(dict.fromkeys(str(event["job"]) for event in events if event.get("job")))
 
 
 def queued(run: RunDir, *, states: Sequence[str] = ()) -> dict[str, str]:
     """State of each of its jobs that Slurm still has, by id; of those in `states` where some are named. Empty where no job is
     known, or Slurm has forgotten them, or is not here. ConfigError where it does not answer: a run may be live then."""
-    jobs = known_jobs(run)
+    jobs = known_jobs(read_records(run.events))
     if not jobs:
         return {}
     chosen = [f"--states={','.join(states)}"] if states else []
-    command = ["squeue", "--noheader", f"--jobs={','.join(jobs)}", *chosen, "--format=%i %T"]
+    command = ["squeue", "--noheader", "--array", f"--jobs={','.join(jobs)}", *chosen, "--format=%i %T"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
@@ -38,17 +40,38 @@ def queued(run: RunDir, *, states: Sequence[str] = ()) -> dict[str, str]:
     return dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if line.strip())
 
 
-def stages_left(run: RunDir, config: RunConfig) -> list[str]:
-    return [stage for stage in config.stage_names if not stage_is_done(run, config, stage)]
+def work_left(run: RunDir, config: RunConfig, *, data_ready: bool) -> list[str]:
+    """What of the run is still to be done, in order: its data, stages, export, evaluation."""
+    stages = [stage for stage in config.stage_names if not stage_is_done(run, config, stage)]
+    last = config.run.stages[-1]
+    behind = [what for what in config.run.after if stages or not after_is_done(run, what=what, stage=last)]
+    if last not in config.stage_names or config.model.family is None:
+        behind = []  # other stages are to come, or no class of Hugging Face's has this shape
+    if EVAL in behind and EXPORT not in config.run.after and not run.export(last).exists():
+        behind.remove(EVAL)
+    return [*([DATA] if stages and not data_ready else []), *stages, *behind]
 
 
-def submit_stages(run: RunDir, config: RunConfig, *, stages: Sequence[str]) -> None:
-    """Queues the stages of a run whose config is frozen, each after the one before it, and says so."""
+def after_is_done(run: RunDir, *, what: str, stage: str) -> bool:
+    """Whether the newest checkpoint of the stage is exported, or what was exported of it is evaluated."""
+    said = {EXPORT: run.export(stage) / "phidias.json", EVAL: run.eval(stage)}[what]
+    saved, _ = newest_checkpoint(run, stage)
+    return said.exists() and saved is not None and read_json(said).get("step") == saved.meta.step
+
+
+def try_jobs(jobs: Sequence[Planned]) -> None:
+    """Asks Slurm whether it would take each, and says when it would start. ConfigError where it refuses one: none is queued."""
+    for job in jobs:
+        print(f"{job.what}: {try_sbatch(job.line(after=None)).removeprefix('sbatch: ')}")
+
+
+def submit_jobs(run: RunDir, jobs: Sequence[Planned], *, after: str | None = None) -> list[str]:
+    """Queues them, each after the one before it, and says so. The ids."""
     run.logs.mkdir(exist_ok=True)
-    after = None
-    for stage in stages:
-        job = run_sbatch(stage_line(config, stage=stage, after=after))
-        append_record(run.events, "submitted", stage=stage, job=job)
-        waits = f", after job {after}" if after else ""
-        print(f"{stage}: job {job}{waits}; log: {run.logs / f'job_{job}.log'}")
-        after = job
+    ids: list[str] = []
+    for job in jobs:
+        waits = ids[-1] if ids else after
+        ids.append(run_sbatch(job.line(after=waits)))
+        append_record(run.events, "submitted", stage=job.what, job=ids[-1])
+        print(f"{job.what}: job {ids[-1]}" + (f", after job {waits}" if waits else ""))
+    return ids

@@ -31,6 +31,11 @@ def check_data_ready(config: RunConfig) -> Prepared:
     return prepared
 
 
+def sources_to_make(config: RunConfig) -> list[str]:
+    """Sources without a manifest: what `phidias data` has still to make."""
+    return [name for name in all_sources(config) if not folder_of(config, name).states(["manifest.json"])]
+
+
 def read_sources(config: RunConfig) -> tuple[Prepared, list[Problem]]:
     prepared, problems = Prepared(), []
     for name in all_sources(config):

@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from data_prep.mixing import AmountError
 from launcher.config.check import check_run
 from launcher.config.errors import ConfigError, Problem
 from launcher.config.hardware import read_hardware
@@ -22,6 +24,7 @@ from launcher.rundir.exits import RunStateError
 from launcher.rundir.lock import lock_run
 from launcher.rundir.order import record_order, recorded_tables
 from launcher.rundir.paths import RunDir
+from launcher.rundir.permissions import refuse_world_writable
 from launcher.rundir.records import append_record, read_json, write_atomic, write_json
 
 # From each older schema_version to the next, so that new code resumes old runs.
@@ -35,22 +38,26 @@ STAGE_TOKENS = re.compile(r"stages\.[^.]+\.stage\.tokens$")
 HEADER = "# Frozen by phidias {version}. Ranks read this file; change it by overrides to `phidias train`, not by hand.\n"
 
 
-def open_run(config: RunConfig, *, prepared: Prepared, on_change: Callable[[str], None] = lambda line: None) -> RunDir:
-    """The run's directory, created or opened again, with `config` and the order of its data frozen in it.
+def open_run(config: RunConfig, *, prepared: Prepared | None, on_change: Callable[[str], None] = lambda line: None) -> RunDir:
+    """The run's directory, created or opened again, with `config` and the order of its data frozen in it. `prepared: None`: its
+    data is still to be made; the order is recorded by the next call that has it.
 
     Stages that it does not hold yet are added; what may change (layout, cluster, batch, tokens, mixture, ...) is amended and
     recorded, and `on_change` is told each change.
-    RunStateError where the directory is another run's, is live, or differs in what a run is; ConfigError where the stages
-    together break a rule that each one keeps."""
+    RunStateError where the directory is another run's, is live, may be written by everybody, or differs in what a run is;
+    ConfigError where the stages together break a rule that each one keeps."""
     run = RunDir(Path(config.run.runs_dir) / config.run.name)
     refuse_foreign(run)
+    refuse_world_writable(run)
     make_folder(run, runs_dir=config.run.runs_dir)
+    refuse_world_writable(run)  # what a umask of 0 has just made
     with lock_run(run):
         if run.config.exists():
             _reopen(run, config=config, prepared=prepared, on_change=on_change)
         else:
             run.order.unlink(missing_ok=True)  # of a launch that ended before it wrote the config
-            record_order(run, config, frozen=None, prepared=prepared, on_change=on_change)
+            if prepared is not None:
+                record_order(run, config, frozen=None, prepared=prepared, on_change=on_change)
             _write(run, config=config, prepared=prepared)
             append_record(run.events, "created", stages=list(config.stage_names))
         _record_code(run)
@@ -107,19 +114,21 @@ def make_folder(run: RunDir, *, runs_dir: str) -> None:
         raise ConfigError(Problem("run.runs_dir", found, rule, "a folder that you may write to")) from error
 
 
-def _reopen(run: RunDir, *, config: RunConfig, prepared: Prepared, on_change: Callable[[str], None]) -> None:
+def _reopen(run: RunDir, *, config: RunConfig, prepared: Prepared | None, on_change: Callable[[str], None]) -> None:
     frozen = read_config(run)
     changes = compare(frozen, config=config)
     if changes.refused:
         raise RunStateError(describe_refusal(run, refused=changes.refused))
     refuse_moved_end(run, frozen=frozen, changes=changes)
     refuse_unreading(run, config=config)
-    merged = merge(frozen, config=config)
+    merged, ordered = merge(frozen, config=config), run.order.exists()
     if merged != frozen:
         check_run(merged)
-    record_order(run, merged, frozen=frozen, prepared=prepared, on_change=on_change)
-    if merged != frozen:
+    if prepared is not None:
+        record_order(run, merged, frozen=frozen, prepared=prepared, on_change=on_change)
+    if merged != frozen or not ordered:
         _write(run, config=merged, prepared=prepared)
+    if merged != frozen:
         _record(run, changes=changes)
         for path, old, new in changes.amended:
             on_change(f"amended: {path} {shown(old)} -> {shown(new)}")
@@ -210,11 +219,12 @@ def add_launching(tree: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write(run: RunDir, *, config: RunConfig, prepared: Prepared) -> None:
+def _write(run: RunDir, *, config: RunConfig, prepared: Prepared | None) -> None:
     text = yaml.safe_dump(dump_run(config), sort_keys=False, width=128, allow_unicode=True)
     write_atomic(run.config, HEADER.format(version=code_version()["version"]) + text)
     tables = {name: rows for name, rows in recorded_tables(run).items() if name in config.stage_names}
-    write_json(run.plan, plan_document(config, sizes=prepared.sizes, tables=tables))
+    with suppress(AmountError):  # epochs of a source whose size is not known before its data is made
+        write_json(run.plan, plan_document(config, sizes=prepared.sizes if prepared else {}, tables=tables))
 
 
 def _record(run: RunDir, *, changes: Changes) -> None:

@@ -31,6 +31,10 @@ class RunDir:
     def code(self) -> Path:
         return self.root / "code.json"
 
+    def code_copy(self, digest: str) -> Path:
+        """Code that jobs of the run work with."""
+        return self.root / "code" / digest
+
     @property
     def events(self) -> Path:
         return self.root / "events.jsonl"
@@ -50,7 +54,8 @@ class RunDir:
 
     @property
     def stop_flag(self) -> Path:
-        """Exists while someone wants the ranks to save and exit after the step they are in."""
+        """Exists while someone wants the ranks to save and exit after the step they are in. A launcher that was sent a signal
+        writes `signal` in it; a person leaves it empty."""
         return self.root / "stop"
 
     @property
@@ -78,3 +83,7 @@ class RunDir:
 
     def export(self, stage: str) -> Path:
         return self.root / "export" / stage
+
+    def eval(self, stage: str) -> Path:
+        """What the stage's export was measured to be."""
+        return self.root / "eval" / f"{stage}.json"

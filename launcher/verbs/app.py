@@ -5,7 +5,7 @@ import gc
 import importlib
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import blake2b
@@ -19,14 +19,17 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from launcher.config.check_secrets import refuse_secret_words
 from launcher.config.compose import COMPOSITION_ERRORS, CONFIG_DIR, PER_STAGE, SHARED, compose_run, hydra_session
 from launcher.config.errors import ConfigError, Problem
 from launcher.config.schema import RunConfig
 from launcher.plan.planner import Planner
+from launcher.rundir.exits import ExitClass
 from launcher.verbs import VERBS
 from launcher.verbs.guard import guard
 from launcher.verbs.request import Request, take_options
 
+Act = Callable[[Request], int]
 HASH_CHARACTERS = 6
 SECTIONS = {*SHARED, *PER_STAGE, "hydra"}
 # Written down: importing every verb to ask it would take longer than the verb itself.
@@ -34,25 +37,37 @@ OPTION_OWNERS = {
     "out": ("plan", "exposure"),
     "picture": ("plan",),
     "dry": ("data", "submit"),
+    "concurrency": ("submit",),
     "action": ("data",),
     "engine": ("data",),
 }
 
 
-def run_config_verb(verb: str, *, words: Sequence[str]) -> int:
-    """Runs the verb on the config the words describe, or on each config of a sweep; the highest exit code of all."""
+def run_config_verb(verb: str, *, words: Sequence[str], act: Act | None = None) -> int:
+    """Runs the verb on the config the words describe, or on each config of a sweep; the highest exit code of all. A verb with
+    `act_together` deals with a sweep as one, once every config of it is composed. `act` stands in for the verb's own."""
     module = importlib.import_module(f"launcher.verbs.{verb}")
+    refuse_secret_words(words)  # before Hydra writes down what it sweeps over
     words, options = take_options(words, allowed=module.OPTIONS)
     refuse_other_options(words, verb=verb, allowed=module.OPTIONS)
     codes: list[int] = []
+    requests: list[Request] = []
+    together: Callable[[Sequence[Request]], int] | None = getattr(module, "act_together", None)
+
+    def keep(request: Request) -> int:
+        requests.append(request)
+        return ExitClass.DONE
 
     def task(base: DictConfig) -> None:
-        codes.append(guard(lambda: module.act(compose_request(base, options=options))))
+        do = act or (keep if together else module.act)
+        codes.append(guard(lambda: do(compose_request(base, options=options))))
 
     try:
         call_hydra(task, verb=verb, words=words)
     except COMPOSITION_ERRORS as error:
         raise explained(error, words=words) from error
+    if together and requests and not any(codes):
+        codes.append(together(requests))
     return max(codes, default=0)
 
 
@@ -118,7 +133,15 @@ def compose_request(base: DictConfig, *, options: dict[str, str]) -> Request:
     config = compose_run(overrides, base=base, planner=planner)
     gc.enable()  # launcher.cli switched it off for the start
     named = named_in_sweep(config, overrides=overrides) if in_sweep else config
-    return Request(named, overrides, options, in_sweep, planner.found)
+    return Request(named, overrides, options, in_sweep, planner.found, search_path_words())
+
+
+def search_path_words() -> tuple[str, ...]:
+    """Where this call found YAML of its own: Hydra keeps --config-dir and its own keys apart from the overrides."""
+    settings = HydraConfig.get()
+    folders = [source.path for source in settings.runtime.config_sources if source.provider == "command-line"]
+    added = [word for word in settings.overrides.hydra if word.lstrip("+").startswith("hydra.searchpath=")]
+    return (*(f"--config-dir={folder}" for folder in folders), *added)
 
 
 def named_in_sweep(config: RunConfig, *, overrides: Sequence[str]) -> RunConfig:

@@ -23,7 +23,8 @@ from data_prep.windows import WindowTable, build_window_table
 from launcher.config.errors import ConfigError, Problem
 from launcher.config.reading import all_sources
 from launcher.config.schema import RunConfig
-from launcher.jobs.slurm import data_array, run_sbatch
+from launcher.jobs.graph import data_job
+from launcher.jobs.slurm import run_sbatch
 from launcher.plan.page import short
 from launcher.plan.preflight import check_vocabulary
 from launcher.plan.prepared import wanted_tables
@@ -74,7 +75,7 @@ def submit(request: Request, *, console: Console, dry: bool) -> int:
     refuse_unreadable_tokenizer(request.config)
     sources = sources_of(request.config)
     list_inputs(sources)
-    command = data_array(request.config, overrides=request.overrides)
+    command = data_job(request.config, words=(*request.search_path, *request.overrides)).line(after=None)
     console.print(shlex.join(command), soft_wrap=True)
     if not dry:
         console.print(

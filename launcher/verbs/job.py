@@ -3,15 +3,23 @@ every other. Not meant to be called by hand."""
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.config.check import check_run
-from launcher.jobs.allocation import fitted_to, read_allocation, remember, remembered, work
-from launcher.jobs.local import refuse_headless
-from launcher.plan.planner import check_fits
+from launcher.config.compose import compose_run
+from launcher.config.schema import RunConfig
+from launcher.jobs.allocation import Allocation, Remembered, fitted_to, read_allocation, remember, remembered, said_nodes
+from launcher.jobs.stages import refuse_headless
+from launcher.jobs.steps import place_of
+from launcher.jobs.work import Job, signals_kept, work
+from launcher.plan.planner import Planner, check_fits
 from launcher.plan.preflight import check_data_ready
-from launcher.rundir.freeze import open_run
+from launcher.rundir.code import snapshot_code
+from launcher.rundir.exits import ExitClass
+from launcher.rundir.freeze import open_run, read_config
 from launcher.rundir.paths import RunDir
+from launcher.rundir.permissions import check_key_file, refuse_world_writable
 from launcher.verbs.request import Request
 
 OPTIONS: dict[str, tuple[str, ...]] = {}
@@ -20,21 +28,64 @@ OPTIONS: dict[str, tuple[str, ...]] = {}
 def run(words: Sequence[str]) -> int:
     from launcher.verbs.app import run_config_verb
 
-    allocation = read_allocation(os.environ)
-    known = remembered(allocation)
-    if known is None:
-        return run_config_verb("job", words=words)
-    run_dir, config = known
-    return work(run_dir, fitted_to(config, allocation, overrides=()), allocation=allocation)
+    with signals_kept() as asked:
+        start = Start(read_allocation(os.environ), asked, tuple(words))
+        if known := remembered(start.allocation):
+            return start.again(known)
+        return run_config_verb("job", words=start.words_with_nodes(), act=start.first)
 
 
-def act(request: Request) -> int:
-    allocation = read_allocation(os.environ)
-    config = fitted_to(request.config, allocation, overrides=request.overrides)
-    check_run(config)
-    check_fits(config)
-    prepared = check_data_ready(config)
-    refuse_headless(RunDir(Path(config.run.runs_dir) / config.run.name), config)
-    run_dir = open_run(config, prepared=prepared, on_change=print)
-    remember(run_dir, config, allocation=allocation)
-    return work(run_dir, config, allocation=allocation)
+@dataclass(frozen=True)
+class Start:
+    """A start of the job. `asked`: the signals that came; `words`: what stands behind the script."""
+
+    allocation: Allocation
+    asked: list[int]
+    words: tuple[str, ...]
+
+    def words_with_nodes(self) -> list[str]:
+        """The words, and how many nodes there are, so that layout=auto and all rules are about these. In front of the first
+        override: Hydra wants them side by side."""
+        if said_nodes(self.words):
+            return list(self.words)
+        place = next((i for i, word in enumerate(self.words) if "=" in word and not word.startswith("-")), len(self.words))
+        spare = [int(word.partition("=")[2]) for word in self.words if word.startswith("cluster.spare_nodes=")]
+        num_nodes = max(1, len(self.allocation.nodes) - sum(spare[-1:]))
+        return [*self.words[:place], f"cluster.num_nodes={num_nodes}", *self.words[place:]]
+
+    def first(self, request: Request) -> int:
+        """Nothing is frozen yet: checks everything, as `phidias train` does."""
+        config = self.recomposed(request)
+        config = fitted_to(config, self.allocation, overrides=self.words)
+        check_run(config)
+        check_fits(config)
+        check_key_file(config)
+        prepared = check_data_ready(config)
+        refuse_headless(RunDir(Path(config.run.runs_dir) / config.run.name), config)
+        run = open_run(config, prepared=prepared, on_change=print)
+        code = snapshot_code(run)
+        remember(run, config, allocation=self.allocation, code=code)
+        return self.work(Remembered(run, config, code))
+
+    def recomposed(self, request: Request) -> RunConfig:
+        """With the spare nodes that a YAML file names taken off."""
+        config = request.config
+        num_nodes = len(self.allocation.nodes) - config.cluster.spare_nodes
+        if said_nodes(self.words) or num_nodes in (config.cluster.num_nodes, 0):
+            return config
+        return compose_run([*request.overrides, f"cluster.num_nodes={num_nodes}"], planner=Planner())
+
+    def again(self, known: Remembered) -> int:
+        """A requeue, or a job of `phidias submit`. What was queued before its data was made freezes the order of it now."""
+        config = fitted_to(known.config, self.allocation, overrides=())
+        if not known.run.order.exists() or config != known.config:
+            whole = fitted_to(read_config(known.run), self.allocation, overrides=())
+            check_run(whole)
+            open_run(whole, prepared=check_data_ready(whole), on_change=print)
+        return self.work(Remembered(known.run, config, known.code))
+
+    def work(self, known: Remembered) -> ExitClass:
+        refuse_world_writable(known.run)
+        check_key_file(known.config)
+        place = place_of(known.run, known.config, code=known.code, environment=os.environ)
+        return work(Job(known.run, known.config, self.allocation, place, self.asked))

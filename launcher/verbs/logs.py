@@ -10,7 +10,7 @@ from launcher.config.errors import ConfigError, Problem
 from launcher.rundir.exits import ExitClass
 from launcher.rundir.paths import RunDir
 from launcher.verbs.request import read_run_words
-from launcher.verbs.runs import RUNS_DIR, find_run, one_or_more
+from launcher.verbs.runs import RUNS_DIR, find_runs, one_or_more
 
 LINES = 40
 
@@ -20,8 +20,7 @@ def run(words: Sequence[str]) -> int:
     lines = options.get("lines", str(LINES))
     if not lines.isdigit() or not int(lines):
         raise ConfigError(Problem("lines", repr(lines), "it is a whole number above 0", f"lines={LINES}"))
-    for name in one_or_more(names):
-        found = find_run(name, runs_dir=options.get("runs_dir", RUNS_DIR))
+    for found in find_runs(one_or_more(names), runs_dir=options.get("runs_dir", RUNS_DIR)):
         for path in newest_logs(found, stage=options.get("stage")):
             print(f"== {path}")
             with path.open(errors="replace") as file:

@@ -12,13 +12,14 @@ from launcher.plan.search import Found
 @dataclass(frozen=True)
 class Request:
     """One call of a config verb. `overrides` are the words the config was composed from; `in_sweep`: one job of -m; `found`:
-    what the planner weighed for layout=auto, by stage."""
+    what the planner weighed for layout=auto, by stage; `search_path`: the words that make another call find the same YAML."""
 
     config: RunConfig
     overrides: tuple[str, ...]
     options: Mapping[str, str]
     in_sweep: bool
     found: Mapping[str, Found] = field(default_factory=dict)
+    search_path: tuple[str, ...] = ()
 
     @property
     def wants_json(self) -> bool:

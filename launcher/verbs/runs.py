@@ -1,10 +1,13 @@
 """Finding run directories by name."""
 
+from fnmatch import fnmatch
 from pathlib import Path
 
 from launcher.config.errors import ConfigError, Problem
+from launcher.config.schema import RunConfig
 from launcher.config.validate import nearest
 from launcher.rundir.exits import RunStateError
+from launcher.rundir.freeze import read_config
 from launcher.rundir.paths import RunDir
 
 RUNS_DIR = "runs"  # where runs_dir= says nothing; the run files say the same
@@ -28,9 +31,35 @@ def find_run(name: str, *, runs_dir: str) -> RunDir:
     raise RunStateError(f"no run {name!r} in {runs_dir}: {known} Fix: a name `phidias status` lists, or runs_dir=<path>")
 
 
+def find_runs(names: list[str], *, runs_dir: str) -> list[RunDir]:
+    """The runs of those names; one with a * stands for all that it matches. RunStateError where one finds none."""
+    found: dict[Path, RunDir] = {}
+    for name in names:
+        matching = [run for run in list_runs(runs_dir) if fnmatch(run.name, name)] if "*" in name else []
+        for run in matching or [find_run(name, runs_dir=runs_dir)]:
+            found[run.root] = run
+    return list(found.values())
+
+
 def one_or_more(names: list[str]) -> list[str]:
     if not names:
         raise ConfigError(
             Problem("run", "nothing", "this verb needs the name of a run", "name one; `phidias status` lists them")
         )
     return names
+
+
+def exportable(names: list[str], *, stage: str | None, runs_dir: str, hint: str) -> tuple[RunDir, RunConfig, str]:
+    """The one run that is named, and the stage, its last one by default. ConfigError: several runs (`hint` says what was
+    meant), a stage it does not have, or a shape that no class of Hugging Face's has."""
+    if len(one_or_more(names)) > 1:
+        raise ConfigError(Problem("run", " ".join(names), "this verb takes one run", hint))
+    run = find_run(names[0], runs_dir=runs_dir)
+    config = read_config(run)
+    if config.model.family is None:
+        fix = "train it with model.family=phi3 or llama, where the shape allows"
+        raise ConfigError(Problem("model.family", "null", "a model without a family has no Hugging Face class", fix))
+    stages = config.stage_names
+    if stage is not None and stage not in stages:
+        raise ConfigError(Problem("stage", repr(stage), f"run {run.name} has {', '.join(stages)}", f"stage={stages[-1]}"))
+    return run, config, stage or stages[-1]

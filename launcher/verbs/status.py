@@ -1,28 +1,37 @@
-"""Where runs stand, from the files in their directories: all runs, or those named.
+"""Where runs stand: all of them, or those named, in more detail. Read from the run directories, from Slurm's queue and, where
+a site keeps accounts of jobs, from those.
 
 Keys: runs_dir=runs  out=json"""
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from launcher.config.errors import ConfigError, Problem
-from launcher.jobs.queue import queued
-from launcher.plan.page import UNKNOWN, short
+from launcher.jobs.accounting import FINISHING, EndedJob, LiveJob, belongs_to, ended_jobs, live_jobs
+from launcher.jobs.queue import known_jobs
+from launcher.report.status_page import print_block, print_table
 from launcher.rundir.exits import ExitClass
+from launcher.rundir.goodput import is_number, measure_goodput
 from launcher.rundir.lock import is_live
 from launcher.rundir.paths import RunDir
-from launcher.rundir.records import parse_status, read_records
+from launcher.rundir.records import parse_status, read_json, read_records
+from launcher.verbs.logs import newest_logs
 from launcher.verbs.request import read_run_words, take_options
-from launcher.verbs.runs import RUNS_DIR, find_run, list_runs
+from launcher.verbs.runs import RUNS_DIR, find_runs, list_runs
 
-FROM_STATUS = ("stage", "state", "step", "tokens", "loss", "tokens_per_s", "eta_s")
+NUMBERS = ("step", "tokens", "loss", "tokens_per_s", "eta_s")
+# Accounts are asked for a run's newest jobs alone: a long run has passed through hundreds.
+ACCOUNTED = 20
+BAD_NODES = 3
+
+Row = dict[str, Any]
 
 
 def run(words: Sequence[str]) -> int:
@@ -31,59 +40,147 @@ def run(words: Sequence[str]) -> int:
     runs_dir = options.get("runs_dir", RUNS_DIR)
     if "runs_dir" in options and not Path(runs_dir).is_dir():
         raise ConfigError(Problem("runs_dir", repr(runs_dir), "there is no such folder", "the run.runs_dir of the runs"))
-    runs = [find_run(name, runs_dir=runs_dir) for name in names] if names else list_runs(runs_dir)
-    rows = [status_row(found) for found in runs]
+    runs = find_runs(names, runs_dir=runs_dir) if names else list_runs(runs_dir)
+    rows = status_rows(runs)
     if shown_as:
         print(json.dumps(rows, indent=1))
+    elif rows:
+        show(rows, named=runs if names else [])
     else:
-        console = Console(highlight=False, markup=False)  # a fault may hold [brackets]
-        console.print(status_table(rows) if rows else f"no runs in {runs_dir}")
-        for row in rows:
-            if row["last_fault"]:
-                console.print(f"{row['name']}: {row['last_fault'].splitlines()[0]}", soft_wrap=True)
+        print(f"no runs in {runs_dir}")
     return ExitClass.DONE
 
 
-def status_row(run: RunDir) -> dict[str, Any]:
-    """One run. `jobs` are those that Slurm has of it; a local run has none. `goodput` is not kept yet."""
+def show(rows: Sequence[Row], *, named: Sequence[RunDir]) -> None:
+    console = Console(highlight=False, markup=False, emoji=False)  # a fault may hold [brackets] and :words:
+    print_table(rows, console=console)
+    for row, found in zip(rows, named, strict=False):
+        logs: list[Path] = []
+        with suppress(ConfigError):
+            logs = newest_logs(found, stage=None)
+        print_block(row, root=found.root, logs=logs, console=console)
+
+
+def status_rows(runs: Sequence[RunDir]) -> list[Row]:
+    """A row a run; Slurm is asked once for all of them."""
+    events = [[row for row in read_records(run.events) if isinstance(row, dict)] for run in runs]
+    jobs = [known_jobs(of_run) for of_run in events]
+    live = sorted(live_jobs(dict.fromkeys(job for of_run in jobs for job in of_run)), key=lambda job: job_order(job.job))
+    queue = [[job for job in live if belongs_to(job.job, known=of_run)] for of_run in jobs]
+    asked = [set(known[-ACCOUNTED:]) - {job.job for job in here} for known, here in zip(jobs, queue, strict=True)]
+    accounts = ended_jobs(sorted(set().union(*asked)))
+    return [
+        status_row(run, events=of_run, live=here, accounts=[job for job in accounts if belongs_to(job.job, known=known)])
+        for run, of_run, here, known in zip(runs, events, queue, asked, strict=True)
+    ]
+
+
+def status_row(run: RunDir, *, events: Sequence[Row], live: Sequence[LiveJob], accounts: Sequence[EndedJob]) -> Row:
+    """One run. `jobs` are those in Slurm's queue, `ended_jobs` those that ended, as the run and the accounts tell it; a local
+    run has none. Ratios are parts of 1, times are in seconds, None is a figure nobody has."""
     status = parse_status(run.status.read_text(errors="replace")) if run.status.exists() else {}
-    events = list(read_records(run.events))
-    row: dict[str, Any] = {"name": run.name, **{key: status.get(key) for key in FROM_STATUS}}
-    row["state"] = state_of(status, live=is_live(run))
-    restarts = sum(event["kind"] == "resume" for event in events)
-    return row | {"goodput": None, "restarts": restarts, "last_fault": open_fault(events), "jobs": jobs_of(run)}
+    stage = status["stage"] if isinstance(status.get("stage"), str) else None
+    numbers = {key: status[key] if is_number(status.get(key)) else None for key in NUMBERS}
+    plan = planned_stages(run)
+    others = {name: jobs for name, jobs in submitted_jobs(events).items() if plan and name not in plan}
+    training = [job for job in live if not belongs_to(job.job, known={job for jobs in others.values() for job in jobs})]
+    works = is_live(run) or any(job.state == "RUNNING" for job in training)
+    measured = measure_goodput(run, events=events, until=time.time() if works or training else None)
+    ends = {str(event.get("job")): event for event in events if event.get("kind") == "job_end"}
+    return {
+        "name": run.name,
+        "stage": stage,
+        "state": state_of(status, live=works, queued=any(job.state not in FINISHING for job in training)),
+        **numbers,
+        "mfu": mfu_of(plan.get(stage or "", {}), tokens_per_s=numbers["tokens_per_s"]),
+        "goodput": round(measured.goodput, 4) if measured else None,
+        "restarts": sum(event.get("kind") == "resume" for event in events),
+        "last_fault": open_fault(events),
+        "bad_nodes": bad_nodes(events),
+        "jobs": [live_document(job) for job in live],
+        "ended_jobs": list(ended_documents(ends, live=live, accounts=accounts)),
+        "stages": [
+            stage_document(row, events=events, tokens=numbers["tokens"] if name == stage else None)
+            for name, row in plan.items()
+        ],
+        "other_jobs": others,
+    }
 
 
-def jobs_of(run: RunDir) -> list[dict[str, str]]:
-    """What Slurm has of the run; nothing where it does not answer: the run directory tells the rest."""
-    with suppress(ConfigError):
-        return [{"job": job, "state": state} for job, state in queued(run).items()]
-    return []
+def planned_stages(run: RunDir) -> dict[str, Row]:
+    """The plan of each stage, by name; empty where there is none that can be read."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        return {row["stage"]: row for row in read_json(run.plan)}
+    return {}
 
 
-def open_fault(events: Sequence[dict[str, Any]]) -> str | None:
-    """The last fault, unless a stage went on or ended well after it."""
-    last = next(
-        (event for event in reversed(events) if event["kind"] in ("fault", "resume", "stage_start", "stage_done")), None
-    )
-    return str(last["error"]) if last and last["kind"] == "fault" else None
-
-
-def state_of(status: dict[str, Any], *, live: bool) -> str:
-    """status.json is as old as its writer: a run that says it is running and that nobody holds has died."""
-    state = str(status.get("state", "starting" if live else "not started"))
+def state_of(status: Row, *, live: bool, queued: bool) -> str:
+    """status.json is as old as its writer: a run that says it is running and that nobody holds has died, or waits in the
+    queue."""
+    if queued and not live:
+        return "queued"
+    state = status["state"] if isinstance(status.get("state"), str) else "starting" if live else "not started"
     return "died" if state in ("starting", "running") and not live else state
 
 
-def status_table(rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold cyan")
-    for column in ("run", "state", "stage"):
-        table.add_column(column, no_wrap=True)
-    for column in ("step", "tokens", "loss", "tokens/s", "left", "restarts"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        loss = UNKNOWN if row["loss"] is None else f"{row['loss']:.3f}"
-        left = UNKNOWN if row["eta_s"] is None or row["state"] != "running" else f"{row['eta_s']:,.0f} s"
-        numbers = [short(row["step"]), short(row["tokens"]), loss, short(row["tokens_per_s"]), left, str(row["restarts"])]
-        table.add_row(Text(row["name"]), row["state"], row["stage"] or UNKNOWN, *numbers)
-    return table
+def mfu_of(plan: Row, *, tokens_per_s: float | None) -> float | None:
+    """As the plan counts it: causal FLOPs, against the dense peak of the precision. None on CPU ranks."""
+    if tokens_per_s is None or not is_number(plan.get("mfu_peak_tflops")):
+        return None
+    tflops = plan["flops_per_token"]["causal"] * tokens_per_s / plan["world_size"] / 1e12
+    return float(round(tflops / plan["mfu_peak_tflops"], 4))
+
+
+def open_fault(events: Sequence[Row]) -> str | None:
+    """The last fault, or why ranks were not started, unless a stage went on or ended well after it."""
+    kinds = ("fault", "no_start", "resume", "stage_start", "stage_done")
+    last = next((event for event in reversed(events) if event.get("kind") in kinds), None)
+    return str(last.get("error", last.get("reason"))) if last and last["kind"] in ("fault", "no_start") else None
+
+
+def bad_nodes(events: Sequence[Row]) -> list[dict[str, str]]:
+    """The last found ones, newest first, each once with its newest reason."""
+    found: dict[str, str] = {}
+    for event in reversed(events):
+        if event.get("kind") == "bad_node":
+            found.setdefault(str(event.get("node")), str(event.get("reason")))
+    return [{"node": node, "reason": reason} for node, reason in found.items()][:BAD_NODES]
+
+
+def live_document(job: LiveJob) -> Row:
+    return {"job": job.job, "state": job.state} | ({"reason": job.reason} if job.reason else {})
+
+
+def ended_documents(ends: Mapping[str, Row], *, live: Sequence[LiveJob], accounts: Sequence[EndedJob]) -> Iterator[Row]:
+    """Oldest first: what the run wrote of each job's end, and what the accounts say, which know of a job that was killed."""
+    known = {job.job: {key: value for key, value in asdict(job).items() if key != "job"} for job in accounts}
+    nothing = dict.fromkeys(("state", "exit_code", "elapsed_s", "nodes"))
+    for job in sorted({*ends, *known} - {one.job for one in live}, key=job_order):
+        end = ends.get(job, {})
+        yield {"job": job, **{key: end.get(key) for key in ("exit", "after", "reason")}, **known.get(job, nothing)}
+
+
+def job_order(job: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in job.split("_") if part.isdigit())
+
+
+def submitted_jobs(events: Sequence[Row]) -> dict[str, list[str]]:
+    """Ids by what they were submitted for: stages, of which an element of a sweep trains several, and data, export, eval."""
+    found: dict[str, list[str]] = {}
+    for event in events:
+        if event.get("kind") == "submitted":
+            for name in str(event.get("stage")).split(","):
+                found.setdefault(name, []).append(str(event.get("job")))
+    return found
+
+
+def stage_document(plan: Row, *, events: Sequence[Row], tokens: float | None) -> Row:
+    """How far a stage has come: `tokens` where status.json says it, of another stage what its newest checkpoint holds."""
+    own = [event for event in events if event.get("stage") == plan["stage"]]
+    saved = [event["tokens"] for event in own if event.get("kind") == "checkpoint" and is_number(event.get("tokens"))]
+    return {
+        "stage": plan["stage"],
+        "tokens": tokens if tokens is not None else saved[-1] if saved else 0,
+        "planned_tokens": plan["num_samples"] * plan["seq_length"],
+        "job_ids": submitted_jobs(events).get(plan["stage"], []),
+    }

@@ -5,12 +5,12 @@ Keys: now=true  runs_dir=runs"""
 
 from collections.abc import Sequence
 
-from launcher.jobs.allocation import slurm_says
 from launcher.jobs.queue import queued
+from launcher.jobs.slurm import slurm_says
 from launcher.rundir.exits import ExitClass
 from launcher.rundir.lock import is_live
 from launcher.verbs.request import read_run_words, take_options
-from launcher.verbs.runs import RUNS_DIR, find_run, one_or_more
+from launcher.verbs.runs import RUNS_DIR, find_runs, one_or_more
 
 WAITING, RUNNING = ("PENDING", "REQUEUED", "SUSPENDED"), ("RUNNING", "COMPLETING")
 
@@ -18,8 +18,7 @@ WAITING, RUNNING = ("PENDING", "REQUEUED", "SUSPENDED"), ("RUNNING", "COMPLETING
 def run(words: Sequence[str]) -> int:
     words, flags = take_options(words, allowed={"now": ("true", "false")})
     names, options = read_run_words(words, keys=("runs_dir",))
-    for name in one_or_more(names):
-        found = find_run(name, runs_dir=options.get("runs_dir", RUNS_DIR))
+    for found in find_runs(one_or_more(names), runs_dir=options.get("runs_dir", RUNS_DIR)):
         waiting, running = queued(found, states=WAITING), queued(found, states=RUNNING)
         if waiting:
             slurm_says("scancel", *waiting)
@@ -28,7 +27,7 @@ def run(words: Sequence[str]) -> int:
             slurm_says("scancel", *running)
             print(f"{found.name}: ended {', '.join(running)}")
         elif running or is_live(found):
-            found.stop_flag.touch()
+            found.stop_flag.write_text("")  # over a launcher's own: a person's word counts
             print(f"{found.name}: its ranks save after this step and end")
         elif not waiting:
             print(f"{found.name}: nothing of it is running")

@@ -9,17 +9,20 @@ from launcher.plan.preflight import check_data_ready
 from launcher.plan.search import describe
 from launcher.rundir.freeze import open_run
 from launcher.rundir.paths import RunDir
+from launcher.rundir.permissions import check_key_file
 from launcher.verbs.request import Request
 
 OPTIONS: dict[str, tuple[str, ...]] = {}
 
 
 def act(request: Request) -> int:
-    from launcher.jobs.local import refuse_headless, train
+    from launcher.jobs.local import train
+    from launcher.jobs.stages import refuse_headless
 
     config = request.config
     refuse_slurm(config)
     check_fits(config)
+    check_key_file(config)
     say_chosen(request)
     prepared = check_data_ready(config)
     refuse_headless(RunDir(Path(config.run.runs_dir) / config.run.name), config)

@@ -94,6 +94,9 @@ def test_exported_logits_are_megatrons(trained: Workspace, stage: str) -> None:
     assert result["architecture"] == "Phi3ForCausalLM"
     assert result["rope_theta"] == {"small": 10000.0, "long": 250000.0}[stage]
     assert result["chat"] == "<|im_start|>user<|im_sep|>hi<|im_end|><|im_start|>assistant<|im_sep|>"
+    assert "agrees with the run's validation at step" in trained.phidias("eval", "small", "runs_dir=runs", f"stage={stage}")
+    held_out = json.loads((trained.run_dir / "eval" / f"{stage}.json").read_text())["held_out"]
+    assert held_out["agrees"] and abs(held_out["mixture"]["difference"]) < 1e-5
 
 
 def test_a_torn_checkpoint_is_passed_over(trained: Workspace) -> None:

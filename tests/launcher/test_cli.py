@@ -80,7 +80,7 @@ def test_help_of_a_config_verb_names_its_options(phidias):
 
 def test_help_of_a_config_verb_lists_groups_and_keys(phidias):
     _, out, _ = phidias("plan", "--help")
-    assert "model: demo, llama3_8b, phi4_14b, phi_7b" in out and "num_layers: 4" in out
+    assert "model: demo, llama3_8b, phi4_14b, phi_1b, phi_7b" in out and "num_layers: 4" in out
 
 
 def test_unknown_verb(phidias):
@@ -183,8 +183,8 @@ def test_a_sweep_goes_on_after_a_refusal(phidias):
 @pytest.mark.parametrize(
     ("line", "found"),
     [
-        ("phidias plan run=", ["run=demo", "run=phi4"]),
-        ("phidias plan model=phi", ["model=phi4_14b", "model=phi_7b"]),
+        ("phidias plan run=", ["run=ablation", "run=demo", "run=phi4"]),
+        ("phidias plan model=phi", ["model=phi4_14b", "model=phi_1b", "model=phi_7b"]),
         ("phidias train stage.seq", ["stage.seq_length="]),
         ("phidias pl", list(VERBS)),
         ("phidias status de", []),
@@ -397,7 +397,8 @@ def test_export_hands_over_to_a_process_with_torch(corpus, phidias, trained, mon
     monkeypatch.setattr(subprocess, "run", remember)
     assert phidias("export", "demo", "prompt=def f(x):")[0] == 3
     command, environment = commands[0]
-    assert command[1:] == ["-m", "training.interop.export", "runs/demo", "--stage", "demo_pretrain", "--prompt", "def f(x):"]
+    words = [str(Path("runs/demo").resolve()), "--stage", "demo_pretrain", "--prompt", "def f(x):"]
+    assert command[1:] == ["-W", "ignore", "-m", "training.interop.export", *words]
     assert environment["PYTHONSAFEPATH"] == "1" and str(ROOT) in environment["PYTHONPATH"]
     code, _, err = phidias("export", "demo", "stage=demo_midtrain")
     assert code == 2 and "run demo has demo_pretrain" in err

@@ -1,5 +1,7 @@
 """Composition: every YAML file, the choice of stages, and what a wrong key, type or file is told."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,12 @@ from launcher.config.errors import ConfigError
 from launcher.plan.document import plan_document
 from launcher.plan.exposure import plan_exposure
 from launcher.plan.planner import Planner
+from launcher.verbs import plan
+from launcher.verbs.app import run_config_verb
 
 CONFIG_DIR = Path(model_configs.__file__).parent
 RUNS = sorted(path.stem for path in (CONFIG_DIR / "run").glob("*.yaml"))
-STAGES = {"phi4": ("pretrain", "midtrain"), "demo": ("demo_pretrain", "demo_midtrain")}
+STAGES = {"phi4": ("pretrain", "midtrain"), "demo": ("demo_pretrain", "demo_midtrain"), "ablation": ("ablation",)}
 # Hardware and efficiency are no groups of Hydra: a cluster names a device by name (test_planner_refusals reads each).
 OPTIONS = [
     (path.parent.name, path.stem)
@@ -77,6 +81,33 @@ def test_every_option_of_every_group_fits_some_run(group, option):
     pytest.fail("\n".join(errors))
 
 
+MIXTURES = ("phi4_pretrain", "no_synthetic", "more_web")
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_ablations_read_the_same_sources_in_other_shares(name):
+    config, first = (compose_run(["run=ablation", f"mixture={mixture}"]) for mixture in (name, "phi4_pretrain"))
+    sources, others = config.stages[0].mixture.sources, first.stages[0].mixture.sources
+    assert config.stages[0].mixture.name == name
+    assert sum(source.share for source in sources.values()) == pytest.approx(1)
+    assert all(replace(source, share=0.0) == replace(others[key], share=0.0) for key, source in sources.items())
+    (stage,) = plan_document(config)
+    assert stage["sources"] == pytest.approx({key: source.share for key, source in sources.items()}, abs=1e-3)
+    assert all(row["epochs"] < 1 for row in stage["exposure"])  # repeated text would be another experiment
+
+
+def test_a_sweep_is_a_run_for_each_mixture_and_one_group(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # Hydra leaves the sweep's definition in runs_dir
+    requests = []
+    monkeypatch.setattr(plan, "act", lambda request: requests.append(request) or 0)
+    assert run_config_verb("plan", words=["-m", "run=ablation", f"mixture={','.join(MIXTURES)}", "stage.tokens=1e9"]) == 0
+    configs = [request.config for request in requests]
+    assert [config.stages[0].mixture.name for config in configs] == list(MIXTURES)
+    assert {config.monitor.wandb.group for config in configs} == {"ablation"}
+    names = {config.run.name for config in configs}
+    assert len(names) == 3 and all(re.fullmatch("ablation-[0-9a-f]{6}", name) for name in names)
+
+
 def test_an_override_without_a_stage_reaches_every_stage():
     config = compose_run(["stage.checkpoint.keep_last=7", "precision=bf16"])
     assert [(stage.stage.checkpoint.keep_last, stage.precision.name) for stage in config.stages] == [(7, "bf16")] * 2
@@ -120,9 +151,9 @@ BAD = [
     (["mixture.sources.code.unique_tokens=1", "stage=demo_pretrain"], "mixture.sources.code.unique_tokens", ["Fix: +mixture"]),
     (["zzzzzz=1"], "zzzzzz", ["--cfg job shows every key"]),
     (["model=phi4_14"], "model", ["'phi4_14'", "did you mean phi4_14b"]),
-    (["run=dmo"], "run", ["'dmo'", "run has demo, phi4", "did you mean demo"]),
+    (["run=dmo"], "run", ["'dmo'", "run has ablation, demo, phi4", "did you mean demo"]),
     (["stage=demo_pretrai"], "stage", ["stage=demo_pretrain"]),
-    (["run.stages=[demo_pretrain,demo_nothing]"], "stage", ["'demo_nothing'", "stage has demo_midtrain"]),
+    (["run.stages=[demo_pretrain,demo_nothing]"], "stage", ["'demo_nothing'", "stage has ablation, demo_midtrain"]),
     (["layout.tp"], "layout.tp", ["key=value"]),
     (["run.name=${run.nme}"], "run.name", ["${run.nme}", "did you mean run.name?"]),
     (["run.name=???"], "run.name", ["nothing", "must be set"]),

@@ -22,6 +22,7 @@ from launcher.rundir.exits import RunStateError
 from launcher.rundir.freeze import open_run, read_config
 from launcher.rundir.lock import is_live, lock_run
 from launcher.rundir.paths import RunDir
+from launcher.rundir.permissions import refuse_world_writable
 from launcher.rundir.records import append_record, read_json, read_records, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -353,6 +354,55 @@ def test_a_folder_that_cannot_be_written_is_a_config_error(demo, tmp_path):
     run.root.mkdir(parents=True)
     run.lock.symlink_to("/proc/nowhere/lock")  # mode bits do not bind root
     with pytest.raises(ConfigError, match=r"run\.runs_dir: found .*runs \(No such file or directory\)"):
+        opened(demo())
+
+
+@pytest.fixture
+def umask():
+    """Sets the umask, and sets it back."""
+    before = os.umask(0o022)
+    yield os.umask
+    os.umask(before)
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o755), (0o077, 0o700), (0o002, 0o775)])
+def test_a_new_run_follows_the_umask(demo, umask, mask, mode):
+    umask(mask)
+    run = opened(demo())
+    assert run.root.stat().st_mode & 0o777 == mode and run.config.stat().st_mode & 0o777 == mode & 0o666
+
+
+def test_a_run_made_under_a_umask_of_0_is_refused_at_once(demo, umask, tmp_path):
+    (tmp_path / "runs").mkdir()
+    umask(0)
+    with pytest.raises(RunStateError, match=r"runs/demo may be written by everybody \(mode 0777\).*chmod o-w -R.*umask 022"):
+        opened(demo())
+    run = RunDir(tmp_path / "runs" / "demo")
+    assert not run.config.exists()
+    run.root.chmod(0o755)  # and not what lies in it
+    with pytest.raises(RunStateError, match=r"runs/demo/lock may be written by everybody"):
+        opened(demo())
+
+
+@pytest.mark.parametrize("path", ["runs", "runs/demo", "runs/demo/config.yaml"])
+def test_what_everybody_may_write_is_not_opened_again(demo, tmp_path, path):
+    run = opened(demo())
+    before = run.config.read_bytes()
+    (tmp_path / path).chmod(0o757)
+    with pytest.raises(RunStateError, match=rf"{path} may be written by everybody \(mode 0757\).*Fix: `chmod o-w"):
+        opened(demo("stage.tokens=3e6"))
+    with pytest.raises(RunStateError, match="may be written by everybody"):
+        refuse_world_writable(run)
+    assert run.config.read_bytes() == before and read_config(run) == demo()  # which status and report still read
+
+
+def test_the_sticky_bit_serves_the_folder_of_runs_but_not_a_run(demo, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs").chmod(0o1777)
+    run = opened(demo())
+    opened(demo())
+    run.root.chmod(0o1777)
+    with pytest.raises(RunStateError, match=r"runs/demo may be written by everybody \(mode 1777\)"):
         opened(demo())
 
 

@@ -118,12 +118,15 @@ class Daemons:
         own = [f"--{name}-file={self.folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
         self._start("munged", "munged", "--foreground", "--force", f"--socket={sock}", "--num-threads=2", *own)
         self.until(sock.exists, what="munged")
-        self._start("slurmctld", "slurmctld", "-D", "-c")
-        # A node that finds no controller tries again a second later.
-        self.until(lambda: self._says("scontrol", "ping") is not None, what="slurmctld")
+        self._start_controller()
         for name in self.nodes:
             self._start_node(name)
         self._wait_idle(self.nodes)
+
+    def _start_controller(self) -> None:
+        self._start("slurmctld", "slurmctld", "-D", "-c")
+        # A node that finds no controller tries again a second later.
+        self.until(lambda: self._says("scontrol", "ping") is not None, what="slurmctld")
 
     def _write_files(self) -> None:
         folder, hosts = self.folder, zip(self._addresses, self.nodes, strict=True)

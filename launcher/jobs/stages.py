@@ -1,0 +1,174 @@
+"""Training the stages of a run, whoever starts the ranks: one after another, watched from the run directory.
+
+A signal raises the stop flag: the ranks finish their step, save and exit.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.config.errors import ConfigError, Problem
+from launcher.config.schema import RunConfig
+from launcher.plan.stage import plan_stage
+from launcher.report.live import LiveView
+from launcher.rundir.checkpoints import newest_checkpoint, stage_end
+from launcher.rundir.exits import ExitClass
+from launcher.rundir.lock import lock_run
+from launcher.rundir.paths import RunDir
+from launcher.rundir.permissions import refuse_world_writable
+from launcher.rundir.records import append_record, read_records
+
+REFRESH_S = 0.2
+FULL_BYTES = 1 << 20
+# What a launcher that was sent a signal writes into the stop flag.
+BY_SIGNAL = "signal"
+TELLING = [kind.name for kind in (ExitClass.NEEDS_PERSON, ExitClass.REFUSED, ExitClass.BAD_NODE, ExitClass.STATE)]
+TELLING += [kind.name for kind in ExitClass if kind.name not in TELLING]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How an executor starts the ranks of a stage, and which signals ask them to save: the second one ends them at once where
+    nobody else would."""
+
+    command: Callable[[str], list[str]]
+    environment: Mapping[str, str]
+    signals: tuple[signal.Signals, ...]
+    second_ends: bool
+
+
+@dataclass
+class Watch:
+    """The signals that came, and the ranks that are running."""
+
+    asked: list[int]
+    process: "subprocess.Popen[bytes] | None" = None
+
+
+def train_stages(run: RunDir, config: RunConfig, *, ranks: Ranks, asked: list[int], **about: Any) -> ExitClass:
+    """Trains every selected stage that is not done. Returns the exit class of the first that did not end well, else DONE.
+
+    Signals are added to `asked`; where one is there already, or the stop flag, nothing is started. `about` goes into the event
+    that records the launch."""
+    refuse_world_writable(run)
+    watch = Watch(asked)
+    with lock_run(run) as lock, LiveView(run, config, config.monitor.console) as view:
+        append_record(run.events, "start", command=sys.argv, pid=os.getpid(), **about)
+        with ask_on_signal(run, view, ranks=ranks, watch=watch):
+            for stage in config.stage_names:
+                if stage_is_done(run, config, stage):
+                    view.note(f"{stage}: done already")
+                    continue
+                if watch.asked or run.stop_flag.exists():
+                    return ExitClass.INTERRUPTED
+                ended = run_stage(run, stage=stage, ranks=ranks, lock=lock, view=view, watch=watch)
+                if ended is not ExitClass.DONE:
+                    return ended
+    return ExitClass.DONE
+
+
+def stage_is_done(run: RunDir, config: RunConfig, stage: str) -> bool:
+    """Whether the stage has a checkpoint at its end; a raised token horizon makes an ended stage go on."""
+    num_samples = plan_stage(config.stage(stage), cluster=config.cluster).num_samples
+    return stage_end(run, stage, num_samples=num_samples) is not None
+
+
+def run_stage(run: RunDir, *, stage: str, ranks: Ranks, lock: int, view: LiveView, watch: Watch) -> ExitClass:
+    """Starts the ranks of one stage and waits for their end."""
+    run.logs.mkdir(exist_ok=True)
+    log_path = run.logs / f"{stage}.log"
+    num_events = sum(1 for _ in read_records(run.events))
+    with log_path.open("ab") as log:
+        watch.process = subprocess.Popen(
+            ranks.command(stage),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=dict(ranks.environment),
+            start_new_session=True,  # Ctrl-C reaches this process alone, which asks the ranks to save
+            pass_fds=[lock],  # the run stays locked while torchrun lives, and ranks die with it, even if this process is killed
+        )
+        while watch.process.poll() is None:
+            view.refresh()
+            time.sleep(REFRESH_S)
+        view.refresh()
+    if ranks.second_ends and len(watch.asked) > 1:
+        view.note(f"{stage}: ended at once; it goes on from its last checkpoint")
+        return ExitClass.INTERRUPTED
+    ended, error = how_it_ended(run, stage, skip=num_events, code=watch.process.returncode)
+    if error:
+        view.note(f"{stage}: {error}\n  log: {log_path}")
+    return ended
+
+
+@contextmanager
+def ask_on_signal(run: RunDir, view: LiveView, *, ranks: Ranks, watch: Watch) -> Iterator[None]:
+    """While the block runs, a signal asks the ranks to save and stop; the second one kills them where the executor says so."""
+
+    def ask(number: int, _: object) -> None:
+        watch.asked.append(number)
+        if len(watch.asked) == 1:
+            raise_flag(run)
+            again = " (again to end them at once)" if ranks.second_ends else f", on {signal.Signals(number).name}"
+            view.note(f"stopping: the ranks save after this step{again}")
+        elif ranks.second_ends and watch.process:
+            with suppress(ProcessLookupError):
+                os.killpg(watch.process.pid, signal.SIGKILL)  # the ranks die with torchrun
+
+    before = {kind: signal.signal(kind, ask) for kind in ranks.signals}
+    try:
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def lower_flag(run: RunDir) -> None:
+    """Someone wants the run to go on. RunStateError where it is live: the flag is for its ranks."""
+    with lock_run(run):
+        run.stop_flag.unlink(missing_ok=True)
+
+
+def raise_flag(run: RunDir) -> None:
+    """Not over a person's."""
+    with suppress(FileExistsError), run.stop_flag.open("x") as file:
+        file.write(BY_SIGNAL)
+
+
+def person_asked(run: RunDir) -> bool:
+    """Whether the stop flag is there and no launcher's."""
+    try:
+        return run.stop_flag.read_text().strip() != BY_SIGNAL
+    except FileNotFoundError:
+        return False
+
+
+def how_it_ended(run: RunDir, stage: str, *, skip: int, code: int) -> tuple[ExitClass, str | None]:
+    """The exit class the ranks wrote, and the first fault's message. Without a word from them: a fault that may be retried."""
+    rows = [row for row in list(read_records(run.events))[skip:] if row.get("stage") == stage]
+    # Ranks that lost a neighbour report that; the one that says what a person can act on is the cause.
+    faults = [row for row in rows if row["kind"] == "fault"]
+    if fault := min(faults, key=lambda row: TELLING.index(row["exit"]), default=None):
+        return ExitClass[fault["exit"]], f"rank {fault['rank']}: {fault['error']}"
+    if ending := next((row for row in rows if row["kind"] in ("stop", "stage_done")), None):
+        return ExitClass[ending["exit"]], None
+    if shutil.disk_usage(run.root).free < FULL_BYTES:
+        return ExitClass.NEEDS_PERSON, f"the disk of {run.root} is full. Fix: free space there and start the run again"
+    return ExitClass.RETRYABLE, f"the ranks ended with code {code} and without a cause"
+
+
+def refuse_headless(run: RunDir, config: RunConfig) -> None:
+    """ConfigError, before the run directory is touched, where a selected stage starts from one that is neither selected before
+    it nor trained to an end in this run."""
+    for stage in config.stages:
+        parent = stage.stage.init_from
+        if parent is None or parent in config.stage_names or newest_checkpoint(run, parent, finished=True)[0]:
+            continue
+        rule = f"stage {stage.stage.name} starts from the end of {parent}, which run {run.name} has not trained"
+        raise ConfigError(Problem("stage.init_from", repr(parent), rule, f"train stage={parent} first, or all stages at once"))

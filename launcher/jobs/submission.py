@@ -1,0 +1,186 @@
+"""Putting runs into Slurm's queue. All that can be refused is refused first, of every run of a sweep; then runs are frozen,
+with a copy of the code, and queued."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from data_prep.build import list_inputs
+from data_prep.tokenizers import build_tokenizer
+from launcher.config.errors import ConfigError, Problem
+from launcher.config.reading import all_sources
+from launcher.config.schema import RunConfig
+from launcher.jobs.graph import DATA, EVAL, EXPORT, Planned, after_job, data_job, stage_job, sweep_job
+from launcher.jobs.queue import queued, submit_jobs, try_jobs, work_left
+from launcher.jobs.slurm import run_sbatch
+from launcher.jobs.stages import refuse_headless
+from launcher.plan.planner import check_fits
+from launcher.plan.preflight import check_data_ready, sources_to_make
+from launcher.plan.prepared import Prepared
+from launcher.rundir.code import SOURCE_ROOT, code_digest, snapshot_code
+from launcher.rundir.freeze import open_run, refuse_foreign
+from launcher.rundir.paths import RunDir
+from launcher.rundir.permissions import check_key_file
+from launcher.rundir.records import append_record, write_json
+
+BEHIND = (EXPORT, EVAL)
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A run that passed every check. `prepared: None`: its data is still to be made, by `phidias data` with `data_words`."""
+
+    run: RunDir
+    config: RunConfig
+    prepared: Prepared | None
+    data_words: tuple[str, ...]
+
+    @property
+    def left(self) -> list[str]:
+        return work_left(self.run, self.config, data_ready=self.prepared is not None)
+
+    def jobs(self, *, code: Path) -> list[Planned]:
+        return [self.job(what, code=code) for what in self.left]
+
+    def job(self, what: str, *, code: Path) -> Planned:
+        if what == DATA:
+            return data_job(self.config, words=self.data_words, run=self.run, code=code)
+        if what in BEHIND and what not in self.config.stage_names:
+            return after_job(self.config, run=self.run, what=what, code=code)
+        return stage_job(self.config, run=self.run, stage=what, code=code)
+
+    def freeze(self) -> Path:
+        """Makes the run directory what the jobs go by; the copy of the code in it."""
+        return snapshot_code(open_run(self.config, prepared=self.prepared, on_change=print))
+
+
+def check_submission(config: RunConfig, *, data_words: Sequence[str] | None) -> Submission:
+    """Everything that can be known before a job is queued. ConfigError, LayoutError, RunStateError. `data_words: None`: the
+    data must be there."""
+    run = RunDir(Path(config.run.runs_dir) / config.run.name)
+    refuse_local(config)
+    check_fits(config)
+    check_key_file(config)
+    prepared = ready_data(config, may_be_made=data_words is not None)
+    refuse_headless(run, config)
+    refuse_foreign(run)
+    return Submission(run, config, prepared, tuple(data_words or ()))
+
+
+def refuse_local(config: RunConfig) -> None:
+    if config.cluster.kind != "slurm":
+        rule = "submit queues jobs on a Slurm cluster"
+        raise ConfigError(Problem("cluster.kind", config.cluster.kind, rule, "cluster=slurm_h100, or `phidias train`"))
+
+
+def ready_data(config: RunConfig, *, may_be_made: bool) -> Prepared | None:
+    """What is prepared; None where sources are still to be made and can be: their inputs and the tokenizer are there."""
+    if not may_be_made or not sources_to_make(config):
+        return check_data_ready(config)
+    list_inputs({name: source for name, source in all_sources(config).items() if source.parent is None})
+    build_tokenizer(config.tokenizer)
+    return None
+
+
+def submit(submissions: Sequence[Submission], *, concurrency: int | None, dry: bool) -> None:
+    """Queues what is left of each run. Those that are live are left alone, and those that are done. `concurrency`: one array
+    for all, of which so many run at a time."""
+    todo = [row for row in submissions if is_to_do(row)]
+    if dry:
+        show(todo, concurrency=concurrency)
+        return
+    for row in todo:
+        try_jobs(row.jobs(code=SOURCE_ROOT))
+    made: dict[str, str] = {}  # sources by place, to the job that makes them
+    if concurrency and todo:
+        submit_array(todo, concurrency=concurrency, made=made)
+        return
+    for row in todo:
+        code = row.freeze()
+        after, jobs = data_dependency(row, row.jobs(code=code), made=made)
+        ids = submit_jobs(row.run, jobs, after=after)
+        note_made(row, jobs, ids=ids, made=made)
+        print(f"{row.run.name}: {row.run.root}; `phidias status {row.run.name}`, `phidias logs {row.run.name}`")
+
+
+def is_to_do(row: Submission) -> bool:
+    if jobs := queued(row.run):
+        print(f"{row.run.name} is queued already: {', '.join(f'{job} ({state})' for job, state in jobs.items())}")
+    elif not row.left:
+        print(f"{row.run.name}: everything is done")
+    else:
+        return True
+    return False
+
+
+def places(row: Submission) -> list[str]:
+    """The folders that its data job fills."""
+    return [f"{row.config.run.data_dir}/{name}" for name in sources_to_make(row.config)]
+
+
+def data_dependency(row: Submission, jobs: Sequence[Planned], *, made: dict[str, str]) -> tuple[str | None, list[Planned]]:
+    """The jobs, without that for data where other runs of the sweep have theirs make it: then after those."""
+    if row.prepared is not None:
+        return None, list(jobs)
+    makers = [made.get(place) for place in places(row)]
+    if None in makers:
+        return None, list(jobs)
+    return ":".join(sorted({maker for maker in makers if maker})), [job for job in jobs if job.what != DATA]
+
+
+def note_made(row: Submission, jobs: Sequence[Planned], *, ids: Sequence[str], made: dict[str, str]) -> None:
+    for job, number in zip(jobs, ids, strict=True):
+        if job.what == DATA:
+            made |= dict.fromkeys(places(row), number)
+
+
+def submit_array(rows: Sequence[Submission], *, concurrency: int, made: dict[str, str]) -> None:
+    """One array; data that is still to be made by jobs before it. What run.after names is not a part of it."""
+    codes = [row.freeze() for row in rows]
+    waits: list[str] = []
+    for row, code in zip(rows, codes, strict=True):
+        after, jobs = data_dependency(row, [row.job(DATA, code=code)] if DATA in row.left else [], made=made)
+        ids = submit_jobs(row.run, [job for job in jobs if job.what == DATA])
+        note_made(row, jobs, ids=ids, made=made)
+        waits += [*ids, *([after] if after else [])]
+    listing = listing_of(rows)
+    listing.parent.mkdir(parents=True, exist_ok=True)
+    write_json(listing, {"runs": [str(row.run.root.resolve()) for row in rows]})
+    job = run_sbatch(array_of(rows, code=codes[0], concurrency=concurrency).line(after=":".join(dict.fromkeys(waits)) or None))
+    for number, row in enumerate(rows):
+        append_record(row.run.events, "submitted", stage=",".join(row.config.stage_names), job=f"{job}_{number}")
+        print(f"{row.run.name}: element {number} of array {job}, {concurrency} at a time")
+
+
+def array_of(rows: Sequence[Submission], *, code: Path, concurrency: int) -> Planned:
+    return sweep_job([row.config for row in rows], runs=listing_of(rows), code=code, concurrency=concurrency)
+
+
+def listing_of(rows: Sequence[Submission]) -> Path:
+    """Which run is which element: named after all of them, so that no sweep overwrites another's."""
+    names = sorted(row.run.name for row in rows)
+    return rows[0].run.root.parent / ".sweep" / f"{names[0]}_and_{len(names) - 1}_more.json"
+
+
+def show(rows: Sequence[Submission], *, concurrency: int | None) -> None:
+    """dry=true: the exact lines."""
+    for row in rows:
+        code = row.run.code_copy(code_digest())
+        jobs = row.jobs(code=code)
+        if concurrency:
+            jobs = [job for job in jobs if job.what == DATA]
+        after = None
+        for job in jobs:
+            print(shlex.join(job.line(after=after)))
+            after = f"<job of {job.what}>"
+    if concurrency and rows:
+        print(shlex.join(array_of(rows, code=rows[0].run.code_copy(code_digest()), concurrency=concurrency).line(after=None)))
+
+
+def at_home(config: RunConfig, *, run: RunDir) -> RunConfig:
+    """The config of a run that was found elsewhere than it says: called from another folder, or moved."""
+    root = run.root.resolve().parent
+    if root == Path(config.run.runs_dir).resolve():
+        return config
+    return replace(config, run=replace(config.run, runs_dir=str(root)))

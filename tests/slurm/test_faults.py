@@ -1,0 +1,127 @@
+"""What breaks while a job trains, on a real cluster with real ranks: the run goes on by itself, bitwise as if nothing had
+happened, or ends and says why."""
+
+import pytest
+
+from launcher.rundir.paths import RunDir
+from tests.slurm.training import (
+    STARTED_S,
+    losses,
+    phidias,
+    status,
+    submit,
+    until,
+    until_step,
+    workspace_of_slurm,
+)
+
+TOKENS = "stage.tokens=61440"  # 120 steps, a checkpoint every 16
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    made = workspace_of_slurm(tmp_path_factory.mktemp("faults"))
+    made.config("data")
+    return made
+
+
+@pytest.fixture(scope="module")
+def undisturbed(workspace):
+    """The losses of the same two ranks on this machine, by torchrun."""
+    whole = workspace.named("whole")
+    whole.config("train", "stage=small", "cluster=local", TOKENS)
+    return losses(whole)
+
+
+def test_a_rank_that_is_killed_is_started_again_in_the_same_job(slurm, workspace, undisturbed):
+    killed = workspace.named("killed")
+    number = submit(slurm, killed, TOKENS)
+    until_step(killed, 20)
+    slurm.run("pkill", "--signal=KILL", "--newest", "--full", f"-m training {killed.run_dir} --stage=small")
+    (job,) = slurm.wait(number, "COMPLETED", timeout=STARTED_S)
+    assert job.restarts == 0 and [row["after"] for row in killed.events("job_end")] == ["restart", "end"]
+    assert killed.events("resume") and losses(killed) == undisturbed
+    assert status(slurm, killed)["last_fault"] is None
+
+
+def test_a_fatal_fault_ends_the_job(slurm, workspace):
+    diverged = workspace.named("diverged")
+    (job,) = slurm.wait(submit(slurm, diverged, "optim.lr=1e30", "optim.min_lr=1e30"), "FAILED", timeout=STARTED_S)
+    assert job.exit_code == 13 and len(diverged.events("start")) == 1
+    assert "NonFiniteError" in status(slurm, diverged)["last_fault"]
+
+
+def test_preemption_saves_and_comes_back(slurm, workspace, undisturbed):
+    """Slurm tells the ranks by SIGTERM and the batch script by its own signal; the nodes are another's meanwhile."""
+    low = workspace.named("low")
+    number = submit(slurm, low, TOKENS, nodes=2, options=["--exclusive", "--nodelist=" + ",".join(slurm.nodes[:2])])
+    until_step(low, 20)
+    wanted = ["--partition=high", "--exclusive", "--nodes=2", "--nodelist=" + ",".join(slurm.nodes[:2])]
+    high = slurm.submit(["sbatch", *wanted, "--wrap=sleep 2"])
+    slurm.wait(high, "COMPLETED", timeout=60)
+    (job,) = slurm.wait(number, "COMPLETED", timeout=STARTED_S)
+    assert job.restarts == 1 and low.events("stop")  # it saved
+    assert losses(low) == undisturbed
+
+
+def test_a_node_that_dies_is_left_behind(slurm, workspace, undisturbed):
+    moved = workspace.named("moved")
+    number = submit(slurm, moved, TOKENS)
+    until_step(moved, 20)
+    first = moved.events("start")[0]["nodes"]
+    slurm.kill_node(first[1])
+    (job,) = slurm.wait(number, "COMPLETED", timeout=STARTED_S)
+    assert job.restarts == 1 and first[1] not in moved.events("start")[-1]["nodes"]
+    assert losses(moved) == undisturbed
+
+
+def test_a_spare_node_stands_in(slurm, workspace, undisturbed):
+    """The job outlives the node: no queue, no other allocation."""
+    spared = workspace.named("spared")
+    number = submit(slurm, spared, TOKENS, "cluster.spare_nodes=1", nodes=3, options=["--no-kill"])
+    until_step(spared, 20)
+    (start,) = spared.events("start")
+    assert len(start["nodes"]) == 2
+    slurm.kill_node(start["nodes"][1])
+    (job,) = slurm.wait(number, "COMPLETED", timeout=STARTED_S)
+    assert job.restarts == 0 and losses(spared) == undisturbed
+    last = spared.events("start")[-1]["nodes"]
+    assert last[0] == start["nodes"][0] and start["nodes"][1] not in last
+    assert [row["node"] for row in spared.events("bad_node")] == [start["nodes"][1]]
+
+
+def test_a_node_that_fails_its_checks_is_excluded(slurm, workspace):
+    """On the same job id: what waits for it goes on waiting."""
+    sick, mark = workspace.named("sick"), workspace.root / "sick"
+    mark.write_text(slurm.nodes[0])
+    setup = f"cluster.setup=['test $SLURMD_NODENAME != $(cat {mark})']"
+    number = submit(slurm, sick, setup, options=["--nodelist=" + slurm.nodes[0], "--dependency=singleton"])
+    until(lambda: sick.events("bad_node"), what="the node's fault")
+    slurm.run("scontrol", "update", f"JobId={number}", "ReqNodeList=")
+    (job,) = slurm.wait(number, "COMPLETED", timeout=STARTED_S)
+    assert job.restarts == 1 and slurm.nodes[0] in job.fields["ExcNodeList"]
+    (row,) = sick.events("bad_node")
+    assert row["node"] == slurm.nodes[0] and [row["exit"] for row in sick.events("job_end")] == ["BAD_NODE", "DONE"]
+
+
+def test_a_job_that_someone_cancels_stays_cancelled(slurm, workspace):
+    """Its ranks save on SIGTERM; it must not put itself back into the queue."""
+    cancelled = workspace.named("cancelled")
+    number = submit(slurm, cancelled, TOKENS)
+    until_step(cancelled, 2)
+    slurm.run("scancel", number)
+    (job,) = slurm.wait(number, "CANCELLED", timeout=60)
+    assert job.restarts == 0 and not slurm.run("squeue", "--noheader").strip()
+
+
+def test_stopping_a_run_that_waits_to_start_again(slurm, workspace):
+    """The stop flag of a person outlives a requeue; one that Slurm's signal raised does not."""
+    waiting = workspace.named("waiting")
+    number = submit(slurm, waiting, TOKENS)
+    until_step(waiting, 2)
+    slurm.run("scancel", "--batch", "--signal=USR1", number)
+    until(lambda: [row["after"] for row in waiting.events("job_end")] == ["requeue"], what="the requeue")
+    RunDir(waiting.run_dir).stop_flag.write_text("")
+    (job,) = slurm.wait(number, "FAILED", timeout=STARTED_S)
+    assert job.exit_code == 130 and len(waiting.events("start")) == 1
+    assert "nothing of it is running" in phidias(slurm, waiting, "stop", "waiting", f"runs_dir={waiting.root / 'runs'}")
