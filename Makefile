@@ -48,6 +48,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.layouts
 	$(BIN)/python -m benchmarks.demo
 	$(BIN)/python -m benchmarks.planner
+	$(BIN)/python -m benchmarks.slurm
 
 clean:
 	rm -rf $(VENV)

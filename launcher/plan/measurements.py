@@ -153,6 +153,7 @@ def cluster_of(gpu: str, *, world: int) -> dict[str, Any]:
     )
     return dict(
         name="measured", kind="slurm", num_nodes=world // per_node, gpus_per_node=per_node, gpu=gpu,
-        master_port=None, timeout_s=600, partition=None, account=None, time_limit=None, container=None, setup=(), env={},
+        master_port=None, timeout_s=600, partition=None, cpu_partition=None, account=None, time_limit=None,
+        sbatch_options=(), spare_nodes=0, checks=None, container=None, setup=(), env={},
         network=network, operations=None,
     )  # fmt: skip

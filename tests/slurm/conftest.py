@@ -11,8 +11,12 @@ INSTALL = "apt-get install -y --no-install-recommends slurmctld slurmd slurm-cli
 
 
 @pytest.fixture(scope="session")
-def slurm():
+def slurm_installed():
     require(missing_programs())
+
+
+@pytest.fixture(scope="session")
+def slurm(slurm_installed):
     with SlurmLab() as lab:
         yield lab
 
@@ -23,6 +27,13 @@ def as_booted(request):
     yield
     if "slurm" in request.fixturenames:
         request.getfixturevalue("slurm").reset()
+
+
+@pytest.fixture
+def slow():
+    """A case whose decision has a fast test elsewhere, or that takes minutes: `make test-slow` runs it."""
+    if not os.environ.get("PHIDIAS_SLOW"):
+        pytest.skip("slow: PHIDIAS_SLOW=1, or make test-slow")
 
 
 def require(missing):

@@ -90,7 +90,7 @@ def test_a_spare_node_stands_in(slurm, workspace, undisturbed):
     assert [row["node"] for row in spared.events("bad_node")] == [start["nodes"][1]]
 
 
-def test_a_node_that_fails_its_checks_is_excluded(slurm, workspace):
+def test_a_node_that_fails_its_checks_is_excluded(slow, slurm, workspace):
     """On the same job id: what waits for it goes on waiting."""
     sick, mark = workspace.named("sick"), workspace.root / "sick"
     mark.write_text(slurm.nodes[0])
@@ -114,7 +114,7 @@ def test_a_job_that_someone_cancels_stays_cancelled(slurm, workspace):
     assert job.restarts == 0 and not slurm.run("squeue", "--noheader").strip()
 
 
-def test_stopping_a_run_that_waits_to_start_again(slurm, workspace):
+def test_stopping_a_run_that_waits_to_start_again(slow, slurm, workspace):
     """The stop flag of a person outlives a requeue; one that Slurm's signal raised does not."""
     waiting = workspace.named("waiting")
     number = submit(slurm, waiting, TOKENS)

@@ -259,7 +259,7 @@ def test_an_export_of_another_step_is_said_and_not_compared(copy: RunDir) -> Non
 
 @pytest.mark.parametrize(("words", "code", "message"), [
     (["tiny", "stage=midtrain"], 2, "stage: found 'midtrain'; run tiny has pretrain. Fix: stage=pretrain"),
-    (["tiny", "other"], 2, "eval takes one run"),
+    (["tiny", "other"], 2, "this verb takes one run"),
     (["tinny"], 3, "did you mean tiny?"),
     (["tiny", "prompt=x"], 2, "stage=, runs_dir="),
 ])  # fmt: skip
