@@ -46,6 +46,7 @@ def train(run: RunDir, *, stage_name: str) -> ExitClass:
         from training import cpu
 
         cpu.install()
+    from training.heartbeat import Heartbeat
     from training.loop import train_stage
     from training.parallel import initialize_parallel, join_world, leave_world
 
@@ -55,11 +56,13 @@ def train(run: RunDir, *, stage_name: str) -> ExitClass:
             f"cluster.gpu: found {config.cluster.gpu} and no CUDA device; the run would train on the CPU. "
             "Fix: see nvidia-smi on this node, or cluster=local"
         )
+    heartbeat = Heartbeat(run, stage=stage_name, rank=int(os.environ["RANK"]), hang=config.monitor.hang)
     device = join_world(timeout_s=config.cluster.timeout_s)
     layout, timeout_s = config.stage(stage_name).layout, config.cluster.timeout_s
     rank = initialize_parallel(layout, seed=config.run.seed, device=device, timeout_s=timeout_s)
-    ended = train_stage(run, config, stage_name=stage_name, rank=rank)
+    ended = train_stage(run, config, stage_name=stage_name, rank=rank, heartbeat=heartbeat)
     leave_world()
+    heartbeat.close()
     return ended
 
 

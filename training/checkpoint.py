@@ -28,7 +28,7 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from launcher.config.schema import Layout, Optim
-from launcher.rundir.checkpoints import CheckpointError, DiskFullError, Meta, Saved, prune
+from launcher.rundir.checkpoints import CheckpointError, DiskFullError, Meta, Saved, UnwrittenError, prune
 from launcher.rundir.paths import RunDir
 from launcher.rundir.records import append_record, replace_folder, write_json
 from training.errors import is_disk_full
@@ -140,7 +140,7 @@ class Checkpointer:
         kept = f"{final} could not be written; earlier checkpoints are untouched and the run resumes from the newest"
         if is_disk_full(error):
             return DiskFullError(f"the disk is full: {kept}. Fix: free space there, or lower stage.checkpoint.keep_last")
-        return CheckpointError(f"{type(error).__name__}: {kept}. Fix: see the trace in the log of this stage")
+        return UnwrittenError(f"{type(error).__name__}: {kept}. Fix: see the trace in the log of this stage")
 
     def _named_chunks(self) -> list[tuple[str, torch.nn.Module]]:
         chunks = unwrap_model(self.chunks)

@@ -4,7 +4,7 @@ import errno
 import re
 
 from data_prep.errors import DataError
-from launcher.rundir.checkpoints import CheckpointError, DiskFullError
+from launcher.rundir.checkpoints import CheckpointError, DiskFullError, UnwrittenError
 from launcher.rundir.exits import ExitClass, RunStateError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -25,7 +25,7 @@ def exit_class(error: BaseException) -> ExitClass:
         return ExitClass.NEEDS_PERSON
     if isinstance(error, (DataError, PrecisionError)):
         return ExitClass.REFUSED
-    if isinstance(error, (CheckpointError, RunStateError)):
+    if isinstance(error, (CheckpointError, RunStateError)) and not isinstance(error, UnwrittenError):
         return ExitClass.STATE
     return ExitClass.RETRYABLE
 

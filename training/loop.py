@@ -28,6 +28,7 @@ from launcher.rundir.paths import RunDir
 from training.checkpoint import Checkpointer, layout_key
 from training.data import HeldOutFeed, StageData, TrainingFeed, ledger_from_json, ledger_to_json
 from training.errors import NonFiniteError
+from training.heartbeat import Heartbeat
 from training.metrics import Metrics, StepTimes
 from training.model import build_model
 from training.optimizer import build_optimizer, build_schedule, set_schedule
@@ -49,11 +50,11 @@ class Progress:
     last_batch: int = 0
 
 
-def train_stage(run: RunDir, config: RunConfig, *, stage_name: str, rank: Rank) -> ExitClass:
+def train_stage(run: RunDir, config: RunConfig, *, stage_name: str, rank: Rank, heartbeat: Heartbeat) -> ExitClass:
     """Trains a stage from its newest checkpoint (or the stage it starts from) to its end, or until asked to stop."""
     stage = config.stage(stage_name)
     plan = plan_stage(stage, cluster=config.cluster)
-    trainer = Trainer(run, config, stage=stage, plan=plan, rank=rank)
+    trainer = Trainer(run, config, stage=stage, plan=plan, rank=rank, heartbeat=heartbeat)
     with stop_signals() as asked, quiet_garbage_collector():
         trainer.restore()
         while not trainer.is_finished:
@@ -75,9 +76,11 @@ def train_stage(run: RunDir, config: RunConfig, *, stage_name: str, rank: Rank) 
 class Trainer:
     """Everything one rank holds of a stage: model, optimizer, data, and where the stage stands."""
 
-    def __init__(self, run: RunDir, config: RunConfig, *, stage: StageConfig, plan: StagePlan, rank: Rank):
+    def __init__(
+        self, run: RunDir, config: RunConfig, *, stage: StageConfig, plan: StagePlan, rank: Rank, heartbeat: Heartbeat
+    ):
         self.run, self.config, self.stage, self.plan, self.rank = run, config, stage, plan, rank
-        self.progress, self.times = Progress(), StepTimes()
+        self.progress, self.times, self.heartbeat = Progress(), StepTimes(), heartbeat
         self.metrics = Metrics(run, config, stage=stage.stage.name, plan=plan, is_writer=rank.rank == 0)
         self.metrics.status("starting")
         chunks = build_model(stage, model=config.model, seed=config.run.seed, hardware=config.hardware)
@@ -173,7 +176,9 @@ class Trainer:
         self.progress.samples, self.progress.step, self.progress.last_batch = samples, self.progress.step + 1, samples - first
         self.count(sums)
         tokens = self.progress.last_batch * self.stage.stage.seq_length
-        self.times.add(tokens=tokens, seconds=time.perf_counter() - began, waited_s=read - began)
+        took = time.perf_counter() - began
+        self.times.add(tokens=tokens, seconds=took, waited_s=read - began)
+        self.heartbeat.step(self.progress.step, seconds=took)
         if self.progress.step % self.config.monitor.log_interval == 0 or self.is_finished:
             self.log(sums, lr=lr, grad_norm=grad_norm)
         if not sums.loss < float("inf"):
@@ -209,7 +214,8 @@ class Trainer:
         """Held-out loss per source. `loss` weighs the sources by their shares, as training does."""
         if not self.held_out.num_microbatches:
             return
-        sums = self.stepper.evaluate(self.held_out.batches(), num_microbatches=self.held_out.num_microbatches)
+        with self.heartbeat.pause("validation", step=self.progress.step):
+            sums = self.stepper.evaluate(self.held_out.batches(), num_microbatches=self.held_out.num_microbatches)
         by_source = sums.loss_by_source(self.data.names)
         loss = mixture_loss(by_source, shares=self.data.shares_at(self.progress.samples))
         tokens = sums.tokens_by_source(self.data.names)
@@ -232,7 +238,8 @@ class Trainer:
             tokens_by_source=self.progress.tokens_by_source,
             files={},
         )
-        self.checkpointer.save(meta, keep_last=self.stage.stage.checkpoint.keep_last)
+        with self.heartbeat.pause("checkpoint", step=self.progress.step):
+            self.checkpointer.save(meta, keep_last=self.stage.stage.checkpoint.keep_last)
 
     def finish(self, kind: str, exit_class: ExitClass) -> ExitClass:
         self.metrics.event(kind, exit=exit_class.name, step=self.progress.step)

@@ -294,13 +294,27 @@ class Wandb:
 
 
 @dataclass(config=STRICT, frozen=True)
+class Hang:
+    """When ranks count as hung, and are ended: no step for `factor` times the median one and at least `least_s`; no first step
+    `start_s` after their start; a validation or checkpoint that lasts longer than `pause_s`."""
+
+    _: KW_ONLY
+    factor: Annotated[Float, Field(gt=1.0, allow_inf_nan=False)]
+    least_s: Positive
+    start_s: Positive
+    pause_s: Positive
+
+
+@dataclass(config=STRICT, frozen=True)
 class Monitor:
-    """What is shown and logged: a metrics row every `log_interval` steps; `console` is the live view of `phidias train`."""
+    """What is shown, logged and watched: a metrics row every `log_interval` steps; `console` is the live view of
+    `phidias train`."""
 
     _: KW_ONLY
     log_interval: PositiveInt
     console: Literal["auto", "rich", "plain"]
     tensorboard: bool
+    hang: Hang
     wandb: Wandb
 
 

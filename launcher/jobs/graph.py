@@ -91,8 +91,9 @@ def after_job(config: RunConfig, *, run: RunDir, what: str, code: Path) -> Plann
 
 
 def environment(cluster: Cluster, *, code: Path, ranks: bool) -> tuple[str, ...]:
-    """What the scripts look for. Ranks get the cluster's own variables from the launcher, other jobs from here."""
-    setup = (f"PHIDIAS_SETUP={LINES.join(cluster.setup)}",) if cluster.setup else ()
+    """What the scripts look for. Ranks get the cluster's own variables and setup lines from the launcher, node by node, other
+    jobs from here."""
+    setup = (f"PHIDIAS_SETUP={LINES.join(cluster.setup)}",) if cluster.setup and not ranks else ()
     theirs = () if ranks else tuple(f"{name}={value}" for name, value in cluster.env.items())
     return (f"PHIDIAS_PYTHON={sys.executable}", f"PHIDIAS_CODE={code.resolve()}", *setup, *theirs)
 

@@ -59,10 +59,10 @@ def after_is_done(run: RunDir, *, what: str, stage: str) -> bool:
     return said.exists() and saved is not None and read_json(said).get("step") == saved.meta.step
 
 
-def try_jobs(jobs: Sequence[Planned]) -> None:
+def try_jobs(run: RunDir, jobs: Sequence[Planned]) -> None:
     """Asks Slurm whether it would take each, and says when it would start. ConfigError where it refuses one: none is queued."""
     for job in jobs:
-        print(f"{job.what}: {try_sbatch(job.line(after=None)).removeprefix('sbatch: ')}")
+        print(f"{run.name}.{job.what}: {try_sbatch(job.line(after=None)).removeprefix('sbatch: ')}")
 
 
 def submit_jobs(run: RunDir, jobs: Sequence[Planned], *, after: str | None = None) -> list[str]:
@@ -73,5 +73,5 @@ def submit_jobs(run: RunDir, jobs: Sequence[Planned], *, after: str | None = Non
         waits = ids[-1] if ids else after
         ids.append(run_sbatch(job.line(after=waits)))
         append_record(run.events, "submitted", stage=job.what, job=ids[-1])
-        print(f"{job.what}: job {ids[-1]}" + (f", after job {waits}" if waits else ""))
+        print(f"{run.name}.{job.what}: job {ids[-1]}" + (f", after job {waits}" if waits else ""))
     return ids

@@ -16,6 +16,7 @@ from typing import Any
 
 from launcher.config.errors import ConfigError, Problem
 from launcher.config.schema import RunConfig
+from launcher.jobs.hang import HangWatch
 from launcher.plan.stage import plan_stage
 from launcher.report.live import LiveView
 from launcher.rundir.checkpoints import newest_checkpoint, stage_end
@@ -27,6 +28,8 @@ from launcher.rundir.records import append_record, read_records
 
 REFRESH_S = 0.2
 FULL_BYTES = 1 << 20
+# Slurm's KillWait is half a minute.
+KILL_S = 45.0
 # What a launcher that was sent a signal writes into the stop flag.
 BY_SIGNAL = "signal"
 TELLING = [kind.name for kind in (ExitClass.NEEDS_PERSON, ExitClass.REFUSED, ExitClass.BAD_NODE, ExitClass.STATE)]
@@ -68,7 +71,8 @@ def train_stages(run: RunDir, config: RunConfig, *, ranks: Ranks, asked: list[in
                     continue
                 if watch.asked or run.stop_flag.exists():
                     return ExitClass.INTERRUPTED
-                ended = run_stage(run, stage=stage, ranks=ranks, lock=lock, view=view, watch=watch)
+                hang = HangWatch(run, stage=stage, hang=config.monitor.hang)
+                ended = run_stage(run, stage=stage, ranks=ranks, lock=lock, view=view, watch=watch, hang=hang)
                 if ended is not ExitClass.DONE:
                     return ended
     return ExitClass.DONE
@@ -80,8 +84,8 @@ def stage_is_done(run: RunDir, config: RunConfig, stage: str) -> bool:
     return stage_end(run, stage, num_samples=num_samples) is not None
 
 
-def run_stage(run: RunDir, *, stage: str, ranks: Ranks, lock: int, view: LiveView, watch: Watch) -> ExitClass:
-    """Starts the ranks of one stage and waits for their end."""
+def run_stage(run: RunDir, *, stage: str, ranks: Ranks, lock: int, view: LiveView, watch: Watch, hang: HangWatch) -> ExitClass:
+    """Starts the ranks of one stage and waits for their end, or ends them where they hang."""
     run.logs.mkdir(exist_ok=True)
     log_path = run.logs / f"{stage}.log"
     num_events = sum(1 for _ in read_records(run.events))
@@ -94,17 +98,36 @@ def run_stage(run: RunDir, *, stage: str, ranks: Ranks, lock: int, view: LiveVie
             start_new_session=True,  # Ctrl-C reaches this process alone, which asks the ranks to save
             pass_fds=[lock],  # the run stays locked while torchrun lives, and ranks die with it, even if this process is killed
         )
-        while watch.process.poll() is None:
+        hung = None
+        while watch.process.poll() is None and hung is None:
             view.refresh()
             time.sleep(REFRESH_S)
+            hung = hang.hung()
+        if hung:
+            append_record(run.events, "hang", **{**vars(hung), "node": hung.node, "stacks": str(run.stacks / stage)})
+            end_ranks(watch.process, gently=not ranks.second_ends)
         view.refresh()
     if ranks.second_ends and len(watch.asked) > 1:
         view.note(f"{stage}: ended at once; it goes on from its last checkpoint")
         return ExitClass.INTERRUPTED
+    if hung:
+        view.note(f"{stage}: {hung}\n  stacks: {run.stacks / stage}")
+        return ExitClass.RETRYABLE
     ended, error = how_it_ended(run, stage, skip=num_events, code=watch.process.returncode)
     if error:
         view.note(f"{stage}: {error}\n  log: {log_path}")
     return ended
+
+
+def end_ranks(process: "subprocess.Popen[bytes]", *, gently: bool) -> None:
+    """SIGKILL; `gently`: first what makes srun end its tasks on every node."""
+    with suppress(ProcessLookupError):
+        if gently:
+            os.killpg(process.pid, signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(KILL_S)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 @contextmanager

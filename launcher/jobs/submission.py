@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data_prep.build import list_inputs
-from data_prep.tokenizers import build_tokenizer
 from launcher.config.errors import ConfigError, Problem
 from launcher.config.reading import all_sources
 from launcher.config.schema import RunConfig
@@ -19,7 +17,7 @@ from launcher.plan.planner import check_fits
 from launcher.plan.preflight import check_data_ready, sources_to_make
 from launcher.plan.prepared import Prepared
 from launcher.rundir.code import SOURCE_ROOT, code_digest, snapshot_code
-from launcher.rundir.freeze import open_run, refuse_foreign
+from launcher.rundir.freeze import open_run, refuse_unopenable
 from launcher.rundir.paths import RunDir
 from launcher.rundir.permissions import check_key_file
 from launcher.rundir.records import append_record, write_json
@@ -64,7 +62,6 @@ def check_submission(config: RunConfig, *, data_words: Sequence[str] | None) -> 
     check_key_file(config)
     prepared = ready_data(config, may_be_made=data_words is not None)
     refuse_headless(run, config)
-    refuse_foreign(run)
     return Submission(run, config, prepared, tuple(data_words or ()))
 
 
@@ -78,6 +75,10 @@ def ready_data(config: RunConfig, *, may_be_made: bool) -> Prepared | None:
     """What is prepared; None where sources are still to be made and can be: their inputs and the tokenizer are there."""
     if not may_be_made or not sources_to_make(config):
         return check_data_ready(config)
+    # What reads text takes longer to import than a submission of prepared data to make.
+    from data_prep.build import list_inputs
+    from data_prep.tokenizers import build_tokenizer
+
     list_inputs({name: source for name, source in all_sources(config).items() if source.parent is None})
     build_tokenizer(config.tokenizer)
     return None
@@ -87,17 +88,19 @@ def submit(submissions: Sequence[Submission], *, concurrency: int | None, dry: b
     """Queues what is left of each run. Those that are live are left alone, and those that are done. `concurrency`: one array
     for all, of which so many run at a time."""
     todo = [row for row in submissions if is_to_do(row)]
+    if concurrency:
+        refuse_unlike(todo)
     if dry:
         show(todo, concurrency=concurrency)
         return
     for row in todo:
-        try_jobs(row.jobs(code=SOURCE_ROOT))
+        try_jobs(row.run, row.jobs(code=SOURCE_ROOT))
     made: dict[str, str] = {}  # sources by place, to the job that makes them
     if concurrency and todo:
         submit_array(todo, concurrency=concurrency, made=made)
         return
-    for row in todo:
-        code = row.freeze()
+    codes = [row.freeze() for row in todo]
+    for row, code in zip(todo, codes, strict=True):
         after, jobs = data_dependency(row, row.jobs(code=code), made=made)
         ids = submit_jobs(row.run, jobs, after=after)
         note_made(row, jobs, ids=ids, made=made)
@@ -105,13 +108,28 @@ def submit(submissions: Sequence[Submission], *, concurrency: int | None, dry: b
 
 
 def is_to_do(row: Submission) -> bool:
+    """RunStateError where the run that is there is another one, or at work outside of Slurm."""
     if jobs := queued(row.run):
         print(f"{row.run.name} is queued already: {', '.join(f'{job} ({state})' for job, state in jobs.items())}")
-    elif not row.left:
+        return False
+    refuse_unopenable(row.run, row.config)
+    if not row.left:
         print(f"{row.run.name}: everything is done")
-    else:
-        return True
-    return False
+    return bool(row.left)
+
+
+def refuse_unlike(rows: Sequence[Submission]) -> None:
+    """ConfigError where runs that are to be elements of one array would want different jobs."""
+    for row in rows[1:]:
+        first, other = vars(rows[0].config.cluster), vars(row.config.cluster)
+        differing = [name for name in first if first[name] != other[name]]
+        if differing:
+            found, rule = (
+                f"different values in {rows[0].run.name} and {row.run.name}",
+                "elements of an array are jobs of one kind",
+            )
+            fix = "leave concurrency= out: each run is a job then"
+            raise ConfigError(*(Problem(f"cluster.{name}", found, rule, fix) for name in differing))
 
 
 def places(row: Submission) -> list[str]:

@@ -28,7 +28,7 @@ from launcher.rundir.records import append_record, read_records
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # A file system frees the lock of a node that died when its lease ends.
 LOCK_WAIT_S = 180.0
-# After a second start in vain, and twice as long after each further one.
+# Before a third start in vain: what broke the first two may need a moment to pass.
 RESTART_WAIT_S = 15.0
 # How long a controller may not answer before a job gives up queueing itself again.
 INSIST_S = 600.0
@@ -77,15 +77,15 @@ def work(job: Job) -> ExitClass:
             return ended
         print(f"{job.run.name}: ended as {ended.name}; {after} of job {job.allocation.job}", flush=True)
         if after == "requeue":
-            requeue(job)
+            if not requeue(job):
+                job.note("job_end", exit=ended.name, after="end", reason="Slurm was ending the job already")
             return ended
         wait_before_restart(job)
 
 
 def wait_before_restart(job: Job) -> None:
-    """What broke the last starts may need a while to pass. A signal ends the wait."""
-    waits = fruitless_starts(job.events()) - 1
-    deadline = time.monotonic() + (RESTART_WAIT_S * 2 ** (waits - 1) if waits > 0 else 0)
+    """A signal ends the wait."""
+    deadline = time.monotonic() + (RESTART_WAIT_S if fruitless_starts(job.events()) > 1 else 0.0)
     while time.monotonic() < deadline and not job.asked and not job.run.stop_flag.exists():
         time.sleep(1)
 
@@ -115,8 +115,8 @@ def attempt(job: Job) -> ExitClass:
         job.note("no_start", reason=f"{len(sound)} sound nodes, {wanted} wanted")
         return ExitClass.BAD_NODE
     ended = train_on(job, nodes=sound[:wanted])
-    for row in faults_of_nodes(job.events()):
-        job.note("bad_node", node=row["node"], reason=row["error"])
+    for node, reason in faults_of_nodes(job.events()):
+        job.note("bad_node", node=node, reason=reason)
     if ended is ExitClass.INTERRUPTED and not person_asked(job.run):
         return ExitClass.CHECKPOINTED  # Slurm asked: this process, or the ranks themselves
     return ended
@@ -177,12 +177,14 @@ def environment_of(job: Job, *, nodes: Sequence[str]) -> dict[str, str]:
     return {**child_environment(job.place.code.resolve()), **settings, "MASTER_ADDR": nodes[0], "MASTER_PORT": port}
 
 
-def faults_of_nodes(events: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Of the last start: where a rank said that its node is bad."""
+def faults_of_nodes(events: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Of the last start: where a rank said that its node is bad, or all others waited for the ranks of one."""
     last = max((index for index, row in enumerate(events) if row["kind"] == "start"), default=0)
     for row in events[last:]:
         if row["kind"] == "fault" and row.get("exit") == ExitClass.BAD_NODE.name and row.get("node"):
-            yield row
+            yield row["node"], row["error"]
+        if row["kind"] == "hang" and row["node"]:
+            yield row["node"], f"its ranks stood still in {row['phase']} after step {row['step']}"
 
 
 def must_requeue(job: Job, *, ended: ExitClass) -> bool:

@@ -131,6 +131,7 @@ def name_jobs(jobs: Sequence[str], *, states: Mapping[str, str]) -> str:
 def describe_end(job: Row) -> str:
     """`4711  RETRYABLE, queued again; NODE_FAIL 0:0 after 1 d 0 h on n[1-4]`: what the run wrote, then Slurm's account."""
     then = {"requeue": "queued again", "restart": "started again", "end": "not started again"}.get(job["after"], job["after"])
+    then = None if job["exit"] == "DONE" else then
     wrote = ", ".join(filter(None, (job["exit"], then))) + (f": {job['reason']}" if job["reason"] else "")
     account = (
         f"{job['state']} {job['exit_code']} after {format_duration(job['elapsed_s'])} on {job['nodes']}" if job["state"] else ""

@@ -19,6 +19,10 @@ class CheckpointError(Exception):
     """A checkpoint that cannot be written or read: what was found, the rule, the fix."""
 
 
+class UnwrittenError(CheckpointError):
+    """A checkpoint that could not be written: as often as not because another rank died meanwhile. What was there is valid."""
+
+
 class DiskFullError(CheckpointError):
     """A checkpoint that found no room; a person has to make some."""
 

@@ -21,7 +21,7 @@ from launcher.rundir.amend import Changes, compare, describe_refusal
 from launcher.rundir.checkpoints import newest_checkpoint
 from launcher.rundir.code import code_version
 from launcher.rundir.exits import RunStateError
-from launcher.rundir.lock import lock_run
+from launcher.rundir.lock import describe_holder, is_live, lock_run
 from launcher.rundir.order import record_order, recorded_tables
 from launcher.rundir.paths import RunDir
 from launcher.rundir.permissions import refuse_world_writable
@@ -62,6 +62,16 @@ def open_run(config: RunConfig, *, prepared: Prepared | None, on_change: Callabl
             append_record(run.events, "created", stages=list(config.stage_names))
         _record_code(run)
     return run
+
+
+def refuse_unopenable(run: RunDir, config: RunConfig) -> None:
+    """RunStateError where `open_run` would refuse the directory as it is now. Writes nothing."""
+    refuse_foreign(run)
+    refuse_world_writable(run)
+    if run.config.exists():
+        allowed_changes(run, read_config(run), config=config)
+    if is_live(run):
+        raise RunStateError(describe_holder(run))
 
 
 def read_config(run: RunDir) -> RunConfig:
@@ -116,11 +126,7 @@ def make_folder(run: RunDir, *, runs_dir: str) -> None:
 
 def _reopen(run: RunDir, *, config: RunConfig, prepared: Prepared | None, on_change: Callable[[str], None]) -> None:
     frozen = read_config(run)
-    changes = compare(frozen, config=config)
-    if changes.refused:
-        raise RunStateError(describe_refusal(run, refused=changes.refused))
-    refuse_moved_end(run, frozen=frozen, changes=changes)
-    refuse_unreading(run, config=config)
+    changes = allowed_changes(run, frozen, config=config)
     merged, ordered = merge(frozen, config=config), run.order.exists()
     if merged != frozen:
         check_run(merged)
@@ -132,6 +138,16 @@ def _reopen(run: RunDir, *, config: RunConfig, prepared: Prepared | None, on_cha
         _record(run, changes=changes)
         for path, old, new in changes.amended:
             on_change(f"amended: {path} {shown(old)} -> {shown(new)}")
+
+
+def allowed_changes(run: RunDir, frozen: RunConfig, *, config: RunConfig) -> Changes:
+    """What `config` amends in a run that exists. RunStateError where it would make another one of it."""
+    changes = compare(frozen, config=config)
+    if changes.refused:
+        raise RunStateError(describe_refusal(run, refused=changes.refused))
+    refuse_moved_end(run, frozen=frozen, changes=changes)
+    refuse_unreading(run, config=config)
+    return changes
 
 
 def merge(frozen: RunConfig, *, config: RunConfig) -> RunConfig:
@@ -208,14 +224,15 @@ def add_planning(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def add_launching(tree: dict[str, Any]) -> dict[str, Any]:
-    """Schema 4 to 5: how jobs are launched before it could be said. `container` was a name that nothing read."""
+    """Schema 4 to 5: how jobs are launched and watched before it could be said. `container` was a name that nothing read."""
     launching: dict[str, Any] = dict(cpu_partition=None, sbatch_options=[], spare_nodes=0, checks=None, container=None)
     wandb = {"key_file": None, **tree["monitor"]["wandb"]}
+    hang = {"factor": 20.0, "least_s": 120.0, "start_s": 1800.0, "pause_s": 1800.0}
     return {
         **tree,
         "run": {**tree["run"], "after": []},
         "cluster": {**tree["cluster"], **launching},
-        "monitor": {**tree["monitor"], "wandb": wandb},
+        "monitor": {"hang": hang, **tree["monitor"], "wandb": wandb},
     }
 
 

@@ -59,6 +59,16 @@ class RunDir:
         return self.root / "stop"
 
     @property
+    def heartbeat(self) -> Path:
+        """What the first rank does, and how long it may take for that before the ranks count as hung."""
+        return self.root / "heartbeat.json"
+
+    @property
+    def stacks(self) -> Path:
+        """Where each rank was when it had not moved for too long."""
+        return self.root / "stacks"
+
+    @property
     def lock(self) -> Path:
         return self.root / "lock"
 

@@ -32,7 +32,7 @@ def append_record(path: Path, kind: str, /, **fields: Any) -> dict[str, Any]:
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows so far, oldest first; rows cut off by a crash are passed over."""
+    """The rows so far, oldest first; rows cut off by a crash, and what is none, are passed over."""
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -41,7 +41,8 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
                 row = json.loads(line)
             except ValueError:
                 continue
-            yield row
+            if isinstance(row, dict):
+                yield row
 
 
 def write_atomic(path: Path, text: str) -> None:

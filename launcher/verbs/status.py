@@ -30,6 +30,7 @@ NUMBERS = ("step", "tokens", "loss", "tokens_per_s", "eta_s")
 # Accounts are asked for a run's newest jobs alone: a long run has passed through hundreds.
 ACCOUNTED = 20
 BAD_NODES = 3
+ENDED_WELL = (ExitClass.DONE.name, ExitClass.INTERRUPTED.name, ExitClass.CHECKPOINTED.name)
 
 Row = dict[str, Any]
 
@@ -63,7 +64,7 @@ def show(rows: Sequence[Row], *, named: Sequence[RunDir]) -> None:
 
 def status_rows(runs: Sequence[RunDir]) -> list[Row]:
     """A row a run; Slurm is asked once for all of them."""
-    events = [[row for row in read_records(run.events) if isinstance(row, dict)] for run in runs]
+    events = [list(read_records(run.events)) for run in runs]
     jobs = [known_jobs(of_run) for of_run in events]
     live = sorted(live_jobs(dict.fromkeys(job for of_run in jobs for job in of_run)), key=lambda job: job_order(job.job))
     queue = [[job for job in live if belongs_to(job.job, known=of_run)] for of_run in jobs]
@@ -90,12 +91,12 @@ def status_row(run: RunDir, *, events: Sequence[Row], live: Sequence[LiveJob], a
     return {
         "name": run.name,
         "stage": stage,
-        "state": state_of(status, live=works, queued=any(job.state not in FINISHING for job in training)),
+        "state": state_of(status, live=works, queued=any(job.state not in FINISHING for job in training), events=events),
         **numbers,
         "mfu": mfu_of(plan.get(stage or "", {}), tokens_per_s=numbers["tokens_per_s"]),
         "goodput": round(measured.goodput, 4) if measured else None,
         "restarts": sum(event.get("kind") == "resume" for event in events),
-        "last_fault": open_fault(events),
+        "last_fault": open_fault(events) or (None if works else vain_end(events)),
         "bad_nodes": bad_nodes(events),
         "jobs": [live_document(job) for job in live],
         "ended_jobs": list(ended_documents(ends, live=live, accounts=accounts)),
@@ -114,11 +115,13 @@ def planned_stages(run: RunDir) -> dict[str, Row]:
     return {}
 
 
-def state_of(status: Row, *, live: bool, queued: bool) -> str:
-    """status.json is as old as its writer: a run that says it is running and that nobody holds has died, or waits in the
-    queue."""
+def state_of(status: Row, *, live: bool, queued: bool, events: Sequence[Row]) -> str:
+    """status.json is as old as its writer: a run that says it is running and that nobody holds waits in the queue, has failed
+    with a word, or died without one."""
     if queued and not live:
         return "queued"
+    if not live and (ended_in_fault(events) or vain_end(events)):
+        return "failed"
     state = status["state"] if isinstance(status.get("state"), str) else "starting" if live else "not started"
     return "died" if state in ("starting", "running") and not live else state
 
@@ -136,6 +139,20 @@ def open_fault(events: Sequence[Row]) -> str | None:
     kinds = ("fault", "no_start", "resume", "stage_start", "stage_done")
     last = next((event for event in reversed(events) if event.get("kind") in kinds), None)
     return str(last.get("error", last.get("reason"))) if last and last["kind"] in ("fault", "no_start") else None
+
+
+def ended_in_fault(events: Sequence[Row]) -> bool:
+    """Whether the last launch left a word of what broke it."""
+    kinds = ("start", "submitted", "stop", "stage_done", "fault", "no_start", "hang")
+    last = next((event["kind"] for event in reversed(events) if event.get("kind") in kinds), None)
+    return last in ("fault", "no_start", "hang")
+
+
+def vain_end(events: Sequence[Row]) -> str | None:
+    """Why the last job of the run was not started again, where the policy gave it up."""
+    last = next((event for event in reversed(events) if event.get("kind") in ("job_end", "start", "submitted")), None)
+    gave_up = last and last["kind"] == "job_end" and last.get("after") == "end" and last.get("exit") not in ENDED_WELL
+    return str(last.get("reason") or last.get("exit")) if last and gave_up else None
 
 
 def bad_nodes(events: Sequence[Row]) -> list[dict[str, str]]:

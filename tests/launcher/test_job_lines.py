@@ -67,11 +67,12 @@ def test_what_a_site_wants_of_every_job(tmp_path):
     )
     line = stage_job(config, run=RunDir(tmp_path), stage="pretrain", code=CODE).line(after=None)
     assert {"--qos=high", "--reservation=us", "--nodes=242", "--no-kill", "--partition=gpu"} <= set(options_of(line))
-    assert "PHIDIAS_SETUP=a\nb c" in line
+    assert not any("PHIDIAS_SETUP" in word for word in line)  # the launcher runs it, on every node
     export = after_job(config, run=RunDir(tmp_path / "phi4"), what="export", code=CODE).line(after="8")
     assert {"--partition=cpu", "--nodes=1", "--qos=high"} <= set(options_of(export)) and not any(
         w.startswith("--gpus") for w in export
     )
+    assert "PHIDIAS_SETUP=a\nb c" in export
     assert export[-4:] == ["export", "phi4", f"runs_dir={tmp_path}", "stage=midtrain"]
     assert "--gpus-per-node=1" in after_job(config, run=RunDir(tmp_path), what="eval", code=CODE).line(after=None)
     # 14.7B parameters of four bytes, read and written: not what a login shell's default would give.

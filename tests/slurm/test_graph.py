@@ -22,7 +22,9 @@ def test_from_text_to_an_evaluated_checkpoint(slurm, workspace):
     command = [*workspace.words(), *ON_LOW, "run.after=[export,eval]", "data.num_machines=2"]
     said = phidias(slurm, workspace, "submit", *command)
     jobs = job_ids(said)
-    assert re.findall(r"^(\S+): job \d+", said, flags=re.MULTILINE) == ["data", "small", "long", "export", "eval"]
+    assert re.findall(r"^(\S+): job \d+", said, flags=re.MULTILINE) == [
+        f"{workspace.run}.{what}" for what in ("data", "small", "long", "export", "eval")
+    ]
     # What the repository becomes meanwhile changes nothing: the jobs run the copy in the run directory.
     (copy,) = (workspace.run_dir / "code").iterdir()
     assert (copy / "slurm" / "pretrain.sh").exists() and os.access(copy / "slurm" / "pretrain.sh", os.X_OK)

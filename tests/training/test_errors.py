@@ -5,7 +5,7 @@ import errno
 import pytest
 
 from data_prep.errors import DataError
-from launcher.rundir.checkpoints import CheckpointError, DiskFullError
+from launcher.rundir.checkpoints import CheckpointError, DiskFullError, UnwrittenError
 from launcher.rundir.exits import ExitClass, RunStateError
 from training.errors import NonFiniteError, PrecisionError, exit_class, is_disk_full
 
@@ -32,6 +32,7 @@ TABLE = [
     (DataError("no data"), ExitClass.REFUSED),
     (PrecisionError("no FP8 here"), ExitClass.REFUSED),
     (CheckpointError("torn"), ExitClass.STATE),
+    (UnwrittenError("a rank died"), ExitClass.RETRYABLE),
     (RunStateError("another run's directory"), ExitClass.STATE),
     (NonFiniteError("loss is nan"), ExitClass.NEEDS_PERSON),
     (DiskFullError("checkpoint"), ExitClass.NEEDS_PERSON),
@@ -70,7 +71,7 @@ def test_every_error_of_ours_is_in_the_table() -> None:
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, Exception)
     }
-    assert ours == {DataError, PrecisionError, CheckpointError, RunStateError, NonFiniteError, DiskFullError}
+    assert ours == {DataError, PrecisionError, CheckpointError, RunStateError, NonFiniteError, DiskFullError, UnwrittenError}
     assert ours <= {type(error) for error, _ in TABLE}
 
 

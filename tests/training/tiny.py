@@ -63,6 +63,7 @@ def run_config(root: Path, *, ranks: int = 1, stages: list[dict[str, Any]] | Non
         ),
         hardware=None,
         monitor=dict(log_interval=1, console="plain", tensorboard=False,
+                     hang=dict(factor=20.0, least_s=120.0, start_s=600.0, pause_s=600.0),
                      wandb=dict(mode="disabled", key_file=None, project="phidias", entity=None, group=None)),
         data=dict(
             held_out_fraction=0.1, shard_tokens=4000, chunk_tokens=256, group_tokens=2048, num_workers=1, max_rejected_rows=0,
