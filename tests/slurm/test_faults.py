@@ -33,15 +33,34 @@ def undisturbed(workspace):
     return losses(whole)
 
 
+def send(slurm, run, signal):
+    """To one rank; not to srun, nor to what ranks have forked."""
+    slurm.run("pkill", f"--signal={signal}", "--oldest", "--full", f"^[^ ]*python[^ ]* -m training {run.run_dir} ")
+
+
 def test_a_rank_that_is_killed_is_started_again_in_the_same_job(slurm, workspace, undisturbed):
     killed = workspace.named("killed")
     number = submit(slurm, killed, TOKENS)
     until_step(killed, 20)
-    slurm.run("pkill", "--signal=KILL", "--newest", "--full", f"-m training {killed.run_dir} --stage=small")
+    send(slurm, killed, "KILL")
     (job,) = slurm.wait(number, "COMPLETED", timeout=STARTED_S)
     assert job.restarts == 0 and [row["after"] for row in killed.events("job_end")] == ["restart", "end"]
     assert killed.events("resume") and losses(killed) == undisturbed
     assert status(slurm, killed)["last_fault"] is None
+
+
+def test_a_rank_that_stands_still_is_found_and_started_again(slow, slurm, workspace, undisturbed):
+    """SIGSTOP: nothing fails, all others wait. They leave their stacks, it leaves none."""
+    still = workspace.named("still")
+    number = submit(slurm, still, TOKENS, "monitor.hang.least_s=3", "monitor.hang.factor=1.1")
+    until_step(still, 20)
+    send(slurm, still, "STOP")
+    (job,) = slurm.wait(number, "COMPLETED", timeout=STARTED_S)
+    (hang,) = still.events("hang")
+    assert [len(ranks) for ranks in hang["silent"].values()] == [1] and hang["phase"] == "step"
+    assert losses(still) == undisturbed
+    # The node is left behind: with no other to go to, the job was queued again without it.
+    assert job.restarts == 1 and hang["node"] in job.fields["ExcNodeList"]
 
 
 def test_a_fatal_fault_ends_the_job(slurm, workspace):
