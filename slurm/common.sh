@@ -10,8 +10,12 @@ set -u
 
 # The job's comment ends in the copy of the code that the run was frozen with: a requeue runs that, whatever has become of the
 # repository meanwhile.
-job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-comment=$(squeue --noheader --array --jobs="${job:-${SLURM_JOB_ID:-0}}" --format=%k 2>/dev/null || true)
+comment=""
+for wait_s in 0 10 30 60; do # a controller that does not answer must not make a job take other code than its own
+  sleep "$wait_s"
+  if [[ -z ${SLURM_JOB_ID:-} ]] || comment=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%k); then break; fi
+done
+comment=${comment%%$'\n'*} # elements of an array carry the same
 comment=${comment%"${comment##*[![:space:]]}"} # squeue pads
 code=${PHIDIAS_CODE:-}
 if [[ $comment == /*:*:* ]]; then

@@ -23,7 +23,7 @@ from launcher.rundir.exits import ExitClass
 from launcher.rundir.freeze import read_config
 from launcher.rundir.paths import RunDir
 from launcher.rundir.records import append_record
-from training.errors import PrecisionError, exit_class
+from training.errors import NodeError, PrecisionError, exit_class
 
 
 def main() -> ExitClass:
@@ -52,7 +52,8 @@ def train(run: RunDir, *, stage_name: str) -> ExitClass:
 
     config = read_config(run)
     if config.cluster.gpu and not torch.cuda.is_available():
-        raise PrecisionError(
+        # The config was checked on another node, and this one's GPUs before the ranks started.
+        raise (NodeError if "SLURM_PROCID" in os.environ else PrecisionError)(
             f"cluster.gpu: found {config.cluster.gpu} and no CUDA device; the run would train on the CPU. "
             "Fix: see nvidia-smi on this node, or cluster=local"
         )
@@ -72,7 +73,8 @@ def report_fault(run: RunDir, stage: str, error: BaseException) -> None:
     rank = int(os.environ.get("RANK", "0"))
     message = f"{type(error).__name__}: {error}"
     with contextlib.suppress(OSError):  # the disk may be full; the trace is in the log
-        append_record(run.events, "fault", stage=stage, rank=rank, exit=exit_class(error).name, error=message)
+        row = {"rank": rank, "node": os.environ.get("SLURMD_NODENAME"), "exit": exit_class(error).name, "error": message}
+        append_record(run.events, "fault", stage=stage, **row)
 
 
 def leave(code: ExitClass) -> None:

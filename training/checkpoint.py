@@ -7,6 +7,7 @@ while writing leaves the earlier checkpoints and the index as they were.
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,17 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
-from launcher.config.schema import Layout, Optim
-from launcher.rundir.checkpoints import CheckpointError, DiskFullError, Meta, Saved, UnwrittenError, prune
+from launcher.config.schema import CheckpointPolicy, Layout, Optim
+from launcher.rundir.checkpoints import (
+    CheckpointError,
+    DiskFullError,
+    Meta,
+    Saved,
+    UnwrittenError,
+    damages,
+    file_digest,
+    prune,
+)
 from launcher.rundir.paths import RunDir
 from launcher.rundir.records import append_record, replace_folder, write_json
 from training.errors import is_disk_full
@@ -62,8 +72,8 @@ class Checkpointer:
         self.directory = run.checkpoints(stage)
         own_results_queue()
 
-    def save(self, meta: Meta, *, keep_last: int) -> Path:
-        """Writes and publishes a checkpoint, then removes the oldest unfinished ones beyond `keep_last`.
+    def save(self, meta: Meta, *, policy: CheckpointPolicy) -> Path:
+        """Writes and publishes a checkpoint, then removes those that the policy does not keep.
 
         Raises CheckpointError where it cannot be written; what was there before stays valid."""
         began, final = time.monotonic(), self.directory / f"step_{meta.step:08d}"
@@ -74,12 +84,22 @@ class Checkpointer:
         dist.barrier()
         try:
             self._write(partial)
+            digests = self._digests(partial)
         except (Exception, CheckpointException) as error:  # the latter, torch's, is no Exception
             raise self._unwritten(final, error) from error
         if dist.get_rank() == 0:
-            self._publish(partial, final, meta, seconds=time.monotonic() - began, keep_last=keep_last)
+            meta = replace(meta, digests=digests)
+            self._publish(partial, final, meta, seconds=time.monotonic() - began, policy=policy)
         dist.barrier()
         return final
+
+    def damages(self, saved: Saved) -> list[str]:
+        """What is wrong with the contents of a checkpoint, on every rank; each reads a part of the files. Before torch
+        unpickles any of them."""
+        names = sorted(saved.meta.digests)
+        parts: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(parts, damages(saved, names=names[dist.get_rank() :: dist.get_world_size()]))
+        return [line for part in parts for line in part]
 
     def load(self, saved: Saved, optim: Optim) -> None:
         """Restores weights, optimizer and, in the layout it was saved in, the random number generators."""
@@ -126,14 +146,25 @@ class Checkpointer:
         for chunk in overlapped:
             chunk.enable_forward_pre_hook()
 
-    def _publish(self, partial: Path, final: Path, meta: Meta, *, seconds: float, keep_last: int) -> None:
+    def _digests(self, partial: Path) -> dict[str, str]:
+        """Of all files, on every rank. A rank reads what it wrote itself, the first one what belongs to all: a shared file
+        system may not show it the others' yet."""
+        rank, size = dist.get_rank(), dist.get_world_size()
+        own = [
+            path for path in partial.iterdir() if path.name.startswith(f"__{rank}_") or (rank == 0 and path.name[:2] != "__")
+        ]
+        parts: list[dict[str, str]] = [{} for _ in range(size)]
+        dist.all_gather_object(parts, {path.name: file_digest(path) for path in own})
+        return {name: digest for part in parts for name, digest in part.items()}
+
+    def _publish(self, partial: Path, final: Path, meta: Meta, *, seconds: float, policy: CheckpointPolicy) -> None:
         files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
         write_json(partial / "meta.json", vars(meta) | {"files": files})
         replace_folder(partial, final)  # a step that a run came to again after it was rewound
         row = {name: getattr(meta, name) for name in ("stage", "step", "samples", "tokens", "finished")} | {"path": final.name}
-        append_record(self.directory / "index.jsonl", "checkpoint", **row)
+        append_record(self.directory / "index.jsonl", "checkpoint", **row, meta=file_digest(final / "meta.json"))
         append_record(self.run.events, "checkpoint", **row, seconds=round(seconds, 3), bytes=sum(files.values()))
-        prune(self.directory, keep_last=keep_last)
+        prune(self.directory, keep_last=policy.keep_last, keep_every_tokens=policy.keep_every_tokens)
 
     def _unwritten(self, final: Path, error: BaseException) -> CheckpointError:
         shutil.rmtree(final.with_name(final.name + ".partial"), ignore_errors=True)

@@ -15,6 +15,10 @@ class PrecisionError(Exception):
     """A precision this machine would silently not deliver."""
 
 
+class NodeError(Exception):
+    """What this node of a job lacks, and others have."""
+
+
 class NonFiniteError(Exception):
     """NaN or Inf in loss or gradients."""
 
@@ -23,6 +27,8 @@ def exit_class(error: BaseException) -> ExitClass:
     """The exit class of a fault. A full disk and a diverged loss wait for a person; what is unknown may be tried again."""
     if isinstance(error, (NonFiniteError, DiskFullError)) or is_disk_full(error):
         return ExitClass.NEEDS_PERSON
+    if isinstance(error, NodeError):
+        return ExitClass.BAD_NODE
     if isinstance(error, (DataError, PrecisionError)):
         return ExitClass.REFUSED
     if isinstance(error, (CheckpointError, RunStateError)) and not isinstance(error, UnwrittenError):

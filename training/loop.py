@@ -3,7 +3,7 @@
 import gc
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -96,7 +96,7 @@ class Trainer:
     def restore(self) -> None:
         """Goes on from the newest valid checkpoint of the stage, else from the end of the stage it starts from."""
         init_from = self.stage.stage.init_from
-        saved = on_rank_0(lambda: self.find_checkpoint(), rank=self.rank)
+        saved = self.find_sound()
         if saved:
             self.open_data(start=saved.meta.start_ledger, consumed=saved.meta.ledger)
             self.checkpointer.load(saved, self.stage.optim)
@@ -104,6 +104,8 @@ class Trainer:
             self.metrics.event("resume", step=saved.meta.step, path=saved.path.name)
         elif init_from:
             parent = on_rank_0(lambda: self.find_parent(init_from), rank=self.rank)
+            if found := self.checkpointer.damages(parent):
+                raise CheckpointError(f"{'; '.join(found[:3])}. Fix: restore it, or train stage {init_from} again")
             self.open_data(start=self.recalled(parent))
             self.checkpointer.load_weights(parent)
             self.metrics.event("stage_start", init_from=init_from, path=parent.path.name)
@@ -116,16 +118,35 @@ class Trainer:
         self.metrics.at(self.progress.step, samples=self.progress.samples)
         self.metrics.status("running")
 
-    def find_checkpoint(self) -> Saved | None:
-        """The checkpoint to go on from; torn ones are set aside, and events say why."""
-        saved, refused = newest_checkpoint(self.run, self.stage.stage.name)
-        for reason in refused:
-            self.metrics.event("checkpoint_refused", reason=reason)
+    def find_sound(self) -> Saved | None:
+        """The newest checkpoint of the stage whose files are what was written, read by all ranks together."""
+        damaged: dict[str, str] = {}
+        while True:
+            saved = on_rank_0(lambda: self.find_checkpoint(damaged), rank=self.rank)
+            found = self.checkpointer.damages(saved) if saved else []
+            if saved is None:
+                return None
+            if not found:
+                on_rank_0(lambda: self.set_aside(damaged), rank=self.rank)
+                return saved
+            damaged[saved.path.name] = "; ".join(found[:3])
+
+    def find_checkpoint(self, damaged: Mapping[str, str]) -> Saved | None:
+        """The checkpoint to go on from, by its meta.json and sizes. CheckpointError where there are some and none is valid: a
+        run must not begin anew for that."""
+        saved, torn = newest_checkpoint(self.run, self.stage.stage.name, passing=damaged)
+        refused = [*damaged.values(), *torn]
         if saved is None and refused:
             raise CheckpointError("no checkpoint of this stage is valid: " + "; ".join(refused))
-        if refused:
-            set_torn_aside(self.run, self.stage.stage.name)
         return saved
+
+    def set_aside(self, damaged: Mapping[str, str]) -> None:
+        """What was passed over for a sound checkpoint; events say why."""
+        _, torn = newest_checkpoint(self.run, self.stage.stage.name, passing=damaged)
+        for reason in [*damaged.values(), *torn]:
+            self.metrics.event("checkpoint_refused", reason=reason)
+        if damaged or torn:
+            set_torn_aside(self.run, self.stage.stage.name, damaged=damaged)
 
     def find_parent(self, name: str) -> Saved:
         """The end of the stage this one starts from, at the horizon that stage has now."""
@@ -239,7 +260,7 @@ class Trainer:
             files={},
         )
         with self.heartbeat.pause("checkpoint", step=self.progress.step):
-            self.checkpointer.save(meta, keep_last=self.stage.stage.checkpoint.keep_last)
+            self.checkpointer.save(meta, policy=self.stage.stage.checkpoint)
 
     def finish(self, kind: str, exit_class: ExitClass) -> ExitClass:
         self.metrics.event(kind, exit=exit_class.name, step=self.progress.step)

@@ -27,7 +27,7 @@ def check_run(config: RunConfig) -> None:
 def other_problems(config: RunConfig) -> Iterator[Found]:
     for problem in (*check_model(config.model), *check_tokenizer(config), *check_cluster(config), *check_data(config)):
         yield None, problem
-    for problem in (*check_family(config.model), *check_stage_list(config)):
+    for problem in (*check_family(config.model), *check_after(config), *check_stage_list(config)):
         yield None, problem
     yield from over_stages(config, rules=(check_stage, check_start, check_masks, check_optim, *PRECISION_RULES))
     yield from check_mixtures(config)
@@ -52,6 +52,14 @@ def check_model(model: ModelConfig) -> Iterator[Problem]:
         yield Problem(
             "model.kv_channels", str(model.kv_channels), "rotary embedding turns pairs: it must be even", "use an even one"
         )
+
+
+def check_after(config: RunConfig) -> Iterator[Problem]:
+    if config.run.after and config.model.family is None:
+        found = f"[{', '.join(config.run.after)}] with model.family=null"
+        yield Problem("run.after", found, "only a model with a family has a Hugging Face class", "run.after=[], or a family")
+    if "eval" in config.run.after and "export" not in config.run.after:
+        yield Problem("run.after", "[eval]", "eval reads what export wrote", "run.after=[export,eval]")
 
 
 def check_family(model: ModelConfig) -> Iterator[Problem]:

@@ -15,10 +15,11 @@ EXPORT = "before submitting: a job has the environment it was submitted from"
 
 # HF_TOKEN and awsSecretKey have one of these as a word; TOKENIZERS_PARALLELISM, NCCL_IB_PKEY and MONKEY have none.
 SECRET_WORDS = {"key", "token", "secret", "password", "credential", "keys", "secrets", "passwords", "credentials"}
-SECRET_WORDS |= {"passwd", "passphrase", "signature", "sig"}
+SECRET_WORDS |= {"passwd", "passphrase", "signature", "sig", "pat", "auth"}
 SECRET_ENDINGS = ("password", "passwd", "secret", "apikey", "accesskey", "secretkey")  # PGPASSWORD
-PLACES = {"file", "path", "dir"}  # HF_TOKEN_PATH says where a secret lies
+PLACES = {"file", "path", "dir", "index", "prefix"}  # HF_TOKEN_PATH says where a secret lies
 SWITCHES = {"", "0", "1", "true", "false", "null"}  # of HF_HUB_DISABLE_IMPLICIT_TOKEN
+VARIABLE = re.compile(r"(?:cluster\.env|hydra\.job\.env_set)\.(.+)")
 WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
 # scheme://user:password@host, but not docker://image:tag@sha256:digest; and what the query of an address passes along.
@@ -77,9 +78,9 @@ def texts(tree: Any, *, path: str = "") -> Iterator[tuple[str, str]]:
 
 def check_text(path: str, *, text: str) -> Iterator[Problem]:
     """The secrets of one value. `path` as an override would be written."""
-    name = path.removeprefix("cluster.env.")
-    if name != path and is_secret(name, value=text):
-        yield in_environment(name)
+    variable = VARIABLE.match(path)
+    if variable and is_secret(variable[1], value=text):
+        yield in_environment(variable[1], path=path)
     for said in credentials_of_addresses(text):
         fix = "the address without it; what reads it finds credentials in the environment, or in files of its own"
         yield Problem(path, f"{said} in an address", RULE, fix)
@@ -88,9 +89,9 @@ def check_text(path: str, *, text: str) -> Iterator[Problem]:
         yield from (Problem(path, said, RULE, fix) for said in secrets_on_line(text))
 
 
-def in_environment(name: str) -> Problem:
+def in_environment(name: str, *, path: str = "") -> Problem:
     fix = f"export {name} {EXPORT}" + ("; or monitor.wandb.key_file=FILE" if name.startswith("WANDB") else "")
-    return Problem(f"cluster.env.{name}", f"{MASK}, by its name a secret", RULE, fix)
+    return Problem(path or f"cluster.env.{name}", f"{MASK}, by its name a secret", RULE, fix)
 
 
 def is_secret(name: str, *, value: str) -> bool:

@@ -77,11 +77,13 @@ class Validation:
 
 @dataclass(config=STRICT, frozen=True)
 class CheckpointPolicy:
-    """A checkpoint every `interval_tokens` and at the stage's end; the `keep_last` newest stay, stage ends always."""
+    """A checkpoint every `interval_tokens` and at the stage's end. The `keep_last` newest stay, the first one past every
+    `keep_every_tokens` (null: none), and stage ends."""
 
     _: KW_ONLY
     interval_tokens: Positive
     keep_last: PositiveInt
+    keep_every_tokens: Positive | None
 
 
 @dataclass(config=STRICT, frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from launcher.config.errors import ConfigError, Problem
 from launcher.config.schema import RunConfig
-from launcher.jobs.slurm import slurm_says
+from launcher.jobs.slurm import insist, show_job
 from launcher.rundir.freeze import read_config
 from launcher.rundir.paths import RunDir
 from launcher.rundir.records import read_json
@@ -16,8 +16,8 @@ PORTS = range(20000, 30000)
 
 @dataclass(frozen=True)
 class Allocation:
-    """From Slurm's environment variables. `job` names it to Slurm's commands, `17_2` an element of an array; `number` is its
-    own; `element` its place in the array."""
+    """`job` names it to Slurm's commands, `17_2` an element of an array; `number` is its own; `element` its place in the array;
+    `comment` what it carries."""
 
     job: str
     number: int
@@ -25,6 +25,7 @@ class Allocation:
     tasks_per_node: int
     nodes: tuple[str, ...]
     restarts: int
+    comment: str = ""
 
     @property
     def port(self) -> int:
@@ -37,14 +38,18 @@ def read_allocation(environment: Mapping[str, str]) -> Allocation:
     if "SLURM_JOB_ID" not in environment:
         rule = "it is the part of slurm/pretrain.sh that runs inside a job"
         raise ConfigError(Problem("job", "no Slurm job", rule, "sbatch slurm/pretrain.sh ..., or `phidias submit`"))
-    number, array, element = (environment.get(f"SLURM_{name}") for name in ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID"))
+    # Asked of Slurm: variables may be those of a job that this one was submitted from.
+    number = int(environment["SLURM_JOB_ID"])
+    fields = show_job(number)
+    array, element = fields.get("ArrayJobId"), fields.get("ArrayTaskId", "")
     return Allocation(
         job=f"{array}_{element}" if array else str(number),
-        number=int(number or 0),
-        element=int(element) if element else None,
+        number=number,
+        element=int(element) if array else None,
         tasks_per_node=int(environment.get("SLURM_NTASKS_PER_NODE", "1").partition("(")[0]),
-        nodes=tuple(slurm_says("scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]).split()),
-        restarts=int(environment.get("SLURM_RESTART_COUNT", 0)),
+        nodes=tuple(insist("scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]).split()),
+        restarts=int(fields.get("Restarts", 0)),
+        comment=fields.get("Comment", "").strip(),
     )
 
 
@@ -87,7 +92,7 @@ def job_comment(run: RunDir, *, what: Sequence[str], code: Path) -> str:
 def remember(run: RunDir, config: RunConfig, *, allocation: Allocation, code: Path) -> None:
     """The job carries what it works on, through requeues too."""
     comment = job_comment(run, what=config.stage_names, code=code)
-    slurm_says("scontrol", "update", f"JobId={allocation.job}", f"Comment={comment}")
+    insist("scontrol", "update", f"JobId={allocation.job}", f"Comment={comment}")
 
 
 @dataclass(frozen=True)
@@ -102,18 +107,16 @@ class Remembered:
 def remembered(allocation: Allocation) -> Remembered | None:
     """The run that `phidias submit` or an earlier start of the job has frozen, with the stages that are this job's; None on the
     first start of a job submitted by hand. The comment of a sweep's array names a list of runs, of which the element is one."""
-    said = slurm_says("squeue", "--noheader", "--array", f"--jobs={allocation.job}", "--format=%k").strip()
-    rest, _, digest = said.rpartition(":")
+    rest, _, digest = allocation.comment.rpartition(":")
     root, _, stages = rest.rpartition(":")
     if not root.startswith("/") or not digest:
         return None
     path = Path(root)
     if path.is_file() and allocation.element is not None:
-        path = Path(read_json(path)["runs"][allocation.element])
+        row = read_json(path)["runs"][allocation.element]
+        path, stages = Path(row["run"]), ",".join(row["stages"])
     run = RunDir(path)
     if not run.config.exists():
         return None
     config = read_config(run)
-    names = [name for name in stages.split(",") if name]
-    chosen = replace(config, stages=tuple(config.stage(name) for name in names)) if names else config
-    return Remembered(run, chosen, run.code_copy(digest))
+    return Remembered(run, replace(config, stages=tuple(map(config.stage, stages.split(",")))), run.code_copy(digest))

@@ -69,7 +69,7 @@ def sweep_job(configs: Sequence[RunConfig], *, runs: Path, code: Path, concurren
     """An array of which each element trains all stages of one run; at most `concurrency` of them at a time. `runs`: the file
     that lists them."""
     config = max(configs, key=lambda config: config.cluster.num_nodes)
-    comment = f"--comment={runs.resolve()}::{code.name}"
+    comment = f"--comment={runs.resolve()}:elements:{code.name}"
     about = (f"--job-name={runs.stem}", f"--output={escaped(runs.parent)}/job_%A_%a.log", comment)
     warn = max(
         (warning(config, stages=config.stage_names) for config in configs), key=lambda word: int(word.rpartition("@")[2])

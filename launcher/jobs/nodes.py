@@ -37,15 +37,25 @@ Step = Callable[..., list[str]]
 
 @dataclass(frozen=True)
 class Health:
-    """`healthy`: nodes that answered and have no fault. `problem`: what no node is to blame for. `figures`: for the event."""
+    """`healthy`: nodes that answered and have no fault. `problem`: what no node is to blame for, `may_pass` where
+    another try may do. `figures`: for the event."""
 
     healthy: tuple[str, ...]
     faults: tuple[NodeFault, ...]
     problem: str | None
     figures: Mapping[str, Any]
+    may_pass: bool = False
 
 
-def check_nodes(run: RunDir, cluster: Cluster, *, nodes: Sequence[str], step: Step, environment: Mapping[str, str]) -> Health:
+def check_nodes(
+    run: RunDir,
+    cluster: Cluster,
+    *,
+    nodes: Sequence[str],
+    step: Step,
+    environment: Mapping[str, str],
+    inspect: Path = INSPECT,
+) -> Health:
     """Inspects the nodes, and measures those that passed where the cluster sets a figure. What the steps say goes to nodes.log.
     Ends in time whatever a node does."""
     folder, token = run.root / ".nodes", secrets.token_hex(8)
@@ -57,27 +67,27 @@ def check_nodes(run: RunDir, cluster: Cluster, *, nodes: Sequence[str], step: St
         return Health((), (), f"{run.root} cannot be written: {error}", {})
     steps = Steps(step=step, environment=environment, log_path=run.logs / "nodes.log")
     try:
-        return examine(run, cluster, nodes=nodes, steps=steps, token=token)
+        return examine(run, cluster, nodes=nodes, steps=steps, token=token, inspect=inspect)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def examine(run: RunDir, cluster: Cluster, *, nodes: Sequence[str], steps: "Steps", token: str) -> Health:
+def examine(run: RunDir, cluster: Cluster, *, nodes: Sequence[str], steps: "Steps", token: str, inspect: Path) -> Health:
     began = time.monotonic()
     start_s = CONTAINER_S if cluster.container else 0.0
-    words = ["-I", "-S", str(INSPECT), str(run.root.resolve()), token]  # -I: nothing of this folder hides a module of Python's
+    words = ["-I", "-S", str(inspect), str(run.root.resolve()), token]  # -I: nothing of this folder hides a module of Python's
     lines, _ = steps.run(words, nodes=nodes, tasks_per_node=1, limit_s=start_s + INSPECT_S)
     reports = read_reports(lines)
     seen = judge_reports(reports, nodes=nodes, cluster=cluster)
     healthy = without([node for node in nodes if node in reports], seen.faults)
     figures = {"inspect_s": round(time.monotonic() - began, 1), "nodes": {name: summary(row) for name, row in reports.items()}}
     if seen.problem or not healthy or not to_be_measured(cluster.checks):
-        return Health(healthy, seen.faults, seen.problem, figures)
+        return Health(healthy, seen.faults, seen.problem, figures, may_pass=not reports)  # nobody answered: Slurm's fault
     # The first of the job's nodes, where ranks would meet, may be one that failed.
     rendezvous = {"MASTER_ADDR": healthy[0]} if steps.environment.get("MASTER_ADDR") in nodes else {}
     measured = measure(run, cluster, nodes=healthy, steps=steps, token=token, rendezvous=rendezvous)
     if isinstance(measured, str):
-        return Health(healthy, seen.faults, measured, figures)
+        return Health(healthy, seen.faults, measured, figures, may_pass=True)
     found = judge_bandwidth(measured, nodes=healthy, cluster=cluster)
     figures["bandwidth"] = measured
     return Health(without(healthy, found.faults), (*seen.faults, *found.faults), found.problem, figures)

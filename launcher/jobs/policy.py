@@ -22,6 +22,8 @@ POLICY: dict[ExitClass, After] = {
 }
 # Starts in a row without one more checkpoint before a person has to look.
 MAX_FRUITLESS = 3
+# The same where Slurm asked each of them to save: a time limit that is too short for one step, say.
+MAX_ASKED = 10
 # Rows of events.jsonl that are a start: of ranks, or one that came to nothing for want of sound nodes.
 STARTS = ("start", "no_start")
 PROGRESS = ("checkpoint", "stage_done", "created", "submitted")
@@ -39,7 +41,8 @@ def judge(ended: ExitClass, *, events: Sequence[dict[str, Any]]) -> Verdict:
     """The table's row, unless the last starts have all been in vain."""
     after = POLICY[ended]
     fruitless = fruitless_starts(events)
-    if after != "end" and ended is not ExitClass.CHECKPOINTED and fruitless >= MAX_FRUITLESS:
+    most = MAX_ASKED if ended is ExitClass.CHECKPOINTED else MAX_FRUITLESS
+    if after != "end" and fruitless >= most:
         return Verdict("end", f"{fruitless} starts in a row have ended without one more checkpoint")
     return Verdict(after)
 

@@ -7,7 +7,7 @@ from typing import Any
 from launcher.config.errors import ConfigError, Problem
 from launcher.config.schema import RunConfig
 from launcher.jobs.graph import DATA, EVAL, EXPORT, Planned
-from launcher.jobs.slurm import run_sbatch, try_sbatch
+from launcher.jobs.slurm import run_sbatch, slurm_says, try_sbatch
 from launcher.jobs.stages import stage_is_done
 from launcher.rundir.checkpoints import newest_checkpoint
 from launcher.rundir.paths import RunDir
@@ -44,11 +44,13 @@ def work_left(run: RunDir, config: RunConfig, *, data_ready: bool) -> list[str]:
     """What of the run is still to be done, in order: its data, stages, export, evaluation."""
     stages = [stage for stage in config.stage_names if not stage_is_done(run, config, stage)]
     last = config.run.stages[-1]
-    behind = [what for what in config.run.after if stages or not after_is_done(run, what=what, stage=last)]
-    if last not in config.stage_names or config.model.family is None:
-        behind = []  # other stages are to come, or no class of Hugging Face's has this shape
-    if EVAL in behind and EXPORT not in config.run.after and not run.export(last).exists():
-        behind.remove(EVAL)
+    behind = [
+        what
+        for what in (EXPORT, EVAL)
+        if what in config.run.after and (stages or not after_is_done(run, what=what, stage=last))
+    ]
+    if last not in config.stage_names:
+        behind = []  # other stages are to come
     return [*([DATA] if stages and not data_ready else []), *stages, *behind]
 
 
@@ -56,7 +58,10 @@ def after_is_done(run: RunDir, *, what: str, stage: str) -> bool:
     """Whether the newest checkpoint of the stage is exported, or what was exported of it is evaluated."""
     said = {EXPORT: run.export(stage) / "phidias.json", EVAL: run.eval(stage)}[what]
     saved, _ = newest_checkpoint(run, stage)
-    return said.exists() and saved is not None and read_json(said).get("step") == saved.meta.step
+    if not said.exists() or saved is None:
+        return False
+    found = read_json(said)
+    return found.get("step") == saved.meta.step and found.get("held_out", {}).get("agrees") is not False
 
 
 def try_jobs(run: RunDir, jobs: Sequence[Planned]) -> None:
@@ -71,7 +76,13 @@ def submit_jobs(run: RunDir, jobs: Sequence[Planned], *, after: str | None = Non
     ids: list[str] = []
     for job in jobs:
         waits = ids[-1] if ids else after
-        ids.append(run_sbatch(job.line(after=waits)))
+        try:
+            ids.append(run_sbatch(job.line(after=waits)))
+        except ConfigError:
+            if ids:  # or the next submit would find the run queued, and never queue the rest
+                slurm_says("scancel", *ids)
+                print(f"{run.name}: cancelled {', '.join(ids)}: what was to come after them was refused")
+            raise
         append_record(run.events, "submitted", stage=job.what, job=ids[-1])
         print(f"{run.name}.{job.what}: job {ids[-1]}" + (f", after job {waits}" if waits else ""))
     return ids

@@ -2,12 +2,16 @@
 
 import re
 import subprocess
+import time
 from collections.abc import Sequence
 
 from launcher.config.errors import ConfigError, Problem
 from launcher.config.schema import Cluster
 from launcher.rundir.code import child_environment
 
+# How long a controller may not answer before a job gives up.
+INSIST_S = 600.0
+AWAY = re.compile(r"contact|timed? ?out|connect|socket|temporar|try again", re.IGNORECASE)
 # `Name=value Name=value`: values may hold spaces and `=`; names begin with a capital after a space.
 FIELD = re.compile(r"(?:^| )([A-Z][\w:/]*)=(.*?)(?= [A-Z][\w:/]*=|$)")
 
@@ -20,6 +24,25 @@ def slurm_says(*command: str) -> str:
         said = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else str(error)
         found, fix = f"`{' '.join(command)}`: {said}", "see `sinfo` and `squeue`"
         raise ConfigError(Problem("cluster", found, "Slurm must answer", fix)) from error
+
+
+def insist(*command: str) -> str:
+    """What a Slurm command says, asked again while the controller does not answer: a job that gives up then is lost time.
+    ConfigError where it never does, and at once where it answers with a refusal."""
+    deadline = time.monotonic() + INSIST_S
+    while True:
+        try:
+            return slurm_says(*command)
+        except ConfigError as error:
+            if time.monotonic() > deadline or not AWAY.search(str(error)):
+                raise
+            time.sleep(5)
+
+
+def show_job(number: int) -> dict[str, str]:
+    """All that scontrol says of the job of that number: of an array that is one element, or what is left of it."""
+    lines = [parse_fields(line) for line in insist("scontrol", "--oneliner", "show", "job", str(number)).splitlines()]
+    return next((fields for fields in lines if fields.get("JobId") == str(number)), {})
 
 
 def parse_fields(line: str) -> dict[str, str]:
@@ -62,7 +85,7 @@ def try_sbatch(command: Sequence[str]) -> str:
 
 def sbatch_says(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, env=child_environment())
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=without_job(child_environment()))
     except FileNotFoundError as error:
         raise ConfigError(no_sbatch()) from error
     except subprocess.CalledProcessError as error:
@@ -71,6 +94,11 @@ def sbatch_says(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
         found = f"sbatch said: {error.stderr.strip()}"
         fix = "correct cluster.*; `sinfo` shows partitions"
         raise ConfigError(Problem("cluster", found, "Slurm takes the job", fix)) from error
+
+
+def without_job(environment: dict[str, str]) -> dict[str, str]:
+    """Without what Slurm says of the job we are in: sbatch would hand it on, and the new job take it for its own."""
+    return {name: value for name, value in environment.items() if not name.startswith("SLURM_") or name == "SLURM_CONF"}
 
 
 def no_sbatch() -> Problem:

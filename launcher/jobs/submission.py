@@ -1,10 +1,15 @@
 """Putting runs into Slurm's queue. All that can be refused is refused first, of every run of a sweep; then runs are frozen,
 with a copy of the code, and queued."""
 
+import fcntl
+import os
+import secrets
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from launcher.config.errors import ConfigError, Problem
 from launcher.config.reading import all_sources
@@ -12,7 +17,7 @@ from launcher.config.schema import RunConfig
 from launcher.jobs.graph import DATA, EVAL, EXPORT, Planned, after_job, data_job, stage_job, sweep_job
 from launcher.jobs.queue import queued, submit_jobs, try_jobs, work_left
 from launcher.jobs.slurm import run_sbatch
-from launcher.jobs.stages import refuse_headless
+from launcher.jobs.stages import lower_flag, refuse_headless
 from launcher.plan.planner import check_fits
 from launcher.plan.preflight import check_data_ready, sources_to_make
 from launcher.plan.prepared import Prepared
@@ -49,8 +54,10 @@ class Submission:
         return stage_job(self.config, run=self.run, stage=what, code=code)
 
     def freeze(self) -> Path:
-        """Makes the run directory what the jobs go by; the copy of the code in it."""
-        return snapshot_code(open_run(self.config, prepared=self.prepared, on_change=print))
+        """Makes the run directory what the jobs go by; the copy of the code in it. Whoever queues a run wants it to go on."""
+        run = open_run(self.config, prepared=self.prepared, on_change=print)
+        lower_flag(run)
+        return snapshot_code(run)
 
 
 def check_submission(config: RunConfig, *, data_words: Sequence[str] | None) -> Submission:
@@ -87,12 +94,36 @@ def ready_data(config: RunConfig, *, may_be_made: bool) -> Prepared | None:
 def submit(submissions: Sequence[Submission], *, concurrency: int | None, dry: bool) -> None:
     """Queues what is left of each run. Those that are live are left alone, and those that are done. `concurrency`: one array
     for all, of which so many run at a time."""
+    if dry:
+        show(choose(submissions, concurrency=concurrency), concurrency=concurrency)
+        return
+    with ExitStack() as stack:
+        for folder in sorted({row.run.root.parent for row in submissions}):
+            stack.enter_context(one_at_a_time(folder))
+        queue(choose(submissions, concurrency=concurrency), concurrency=concurrency)
+
+
+def choose(submissions: Sequence[Submission], *, concurrency: int | None) -> list[Submission]:
+    """Those that are to be queued; the others are told of."""
     todo = [row for row in submissions if is_to_do(row)]
     if concurrency:
         refuse_unlike(todo)
-    if dry:
-        show(todo, concurrency=concurrency)
-        return
+    return todo
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Two submissions at once would both find that nothing is queued: the second waits for the first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / ".submit.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def queue(todo: Sequence[Submission], *, concurrency: int | None) -> None:
     for row in todo:
         try_jobs(row.run, row.jobs(code=SOURCE_ROOT))
     made: dict[str, str] = {}  # sources by place, to the job that makes them
@@ -163,22 +194,24 @@ def submit_array(rows: Sequence[Submission], *, concurrency: int, made: dict[str
         note_made(row, jobs, ids=ids, made=made)
         waits += [*ids, *([after] if after else [])]
     listing = listing_of(rows)
-    listing.parent.mkdir(parents=True, exist_ok=True)
-    write_json(listing, {"runs": [str(row.run.root.resolve()) for row in rows]})
-    job = run_sbatch(array_of(rows, code=codes[0], concurrency=concurrency).line(after=":".join(dict.fromkeys(waits)) or None))
+    listing.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    write_json(listing, {"runs": [element_of(row) for row in rows]})
+    array = sweep_job([row.config for row in rows], runs=listing, code=codes[0], concurrency=concurrency)
+    job = run_sbatch(array.line(after=":".join(dict.fromkeys(waits)) or None))
     for number, row in enumerate(rows):
         append_record(row.run.events, "submitted", stage=",".join(row.config.stage_names), job=f"{job}_{number}")
         print(f"{row.run.name}: element {number} of array {job}, {concurrency} at a time")
 
 
-def array_of(rows: Sequence[Submission], *, code: Path, concurrency: int) -> Planned:
-    return sweep_job([row.config for row in rows], runs=listing_of(rows), code=code, concurrency=concurrency)
+def element_of(row: Submission) -> dict[str, Any]:
+    """What an element of an array finds in the listing: its run, and what of it is to be trained."""
+    return {"run": str(row.run.root.resolve()), "stages": list(row.config.stage_names)}
 
 
 def listing_of(rows: Sequence[Submission]) -> Path:
-    """Which run is which element: named after all of them, so that no sweep overwrites another's."""
-    names = sorted(row.run.name for row in rows)
-    return rows[0].run.root.parent / ".sweep" / f"{names[0]}_and_{len(names) - 1}_more.json"
+    """Which run is which element: a file of its own for each array, which may wait for weeks."""
+    first = min(row.run.name for row in rows)
+    return rows[0].run.root.parent / ".sweep" / f"{first}_and_{len(rows) - 1}_more_{secrets.token_hex(4)}.json"
 
 
 def show(rows: Sequence[Submission], *, concurrency: int | None) -> None:
@@ -193,7 +226,8 @@ def show(rows: Sequence[Submission], *, concurrency: int | None) -> None:
             print(shlex.join(job.line(after=after)))
             after = f"<job of {job.what}>"
     if concurrency and rows:
-        print(shlex.join(array_of(rows, code=rows[0].run.code_copy(code_digest()), concurrency=concurrency).line(after=None)))
+        code, configs = rows[0].run.code_copy(code_digest()), [row.config for row in rows]
+        print(shlex.join(sweep_job(configs, runs=listing_of(rows), code=code, concurrency=concurrency).line(after=None)))
 
 
 def at_home(config: RunConfig, *, run: RunDir) -> RunConfig:

@@ -13,10 +13,9 @@ from launcher.config.errors import ConfigError
 from launcher.config.schema import RunConfig
 from launcher.jobs.allocation import Allocation
 from launcher.jobs.local import rank_settings
-from launcher.jobs.node_rules import NodeFault
-from launcher.jobs.nodes import Health, Step, check_nodes
+from launcher.jobs.nodes import INSPECT, Health, Step, check_nodes
 from launcher.jobs.policy import fruitless_starts, judge
-from launcher.jobs.slurm import duration_s, parse_fields, slurm_says
+from launcher.jobs.slurm import duration_s, insist, show_job, slurm_says
 from launcher.jobs.stages import Ranks, lower_flag, person_asked, train_stages
 from launcher.jobs.steps import Place, check_line, rank_line
 from launcher.rundir.code import child_environment
@@ -30,8 +29,6 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 LOCK_WAIT_S = 180.0
 # Before a third start in vain: what broke the first two may need a moment to pass.
 RESTART_WAIT_S = 15.0
-# How long a controller may not answer before a job gives up queueing itself again.
-INSIST_S = 600.0
 # States of a node on which nothing is to be started; a star says that it does not answer.
 LOST = re.compile(r"down|drain|fail|error|unknown|.*\*$")
 # Of the nodes given: more than that do not fail at once, something is wrong with all.
@@ -55,21 +52,29 @@ class Job:
         return list(read_records(self.run.events))
 
     @property
-    def bad_nodes(self) -> list[str]:
+    def bad_nodes(self) -> frozenset[str]:
         """That this job is to avoid, from its earlier starts too."""
         rows = (row for row in self.events() if row["kind"] == "bad_node" and row["job"] == self.allocation.job)
-        return list(dict.fromkeys(row["node"] for row in rows))
+        return frozenset(row["node"] for row in rows)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """How it ended; `too_few`: before any rank, for want of nodes, so that trying again in this allocation is of no use."""
+
+    ended: ExitClass
+    too_few: bool = False
 
 
 def work(job: Job) -> ExitClass:
     """Trains the stages, through faults that may pass and nodes that fail; queues the job again where its end asks for it."""
     if person_stopped(job):
-        print(f"{job.run.name}: stopped by a person before it started again")
+        print(f"{job.run.name}: stopped by a person before it started")
         return ExitClass.INTERRUPTED
     while True:
-        ended = attempt(job)
-        verdict = judge(ended, events=job.events())
-        after = "requeue" if verdict.after == "restart" and must_requeue(job, ended=ended) else verdict.after
+        tried = attempt(job)
+        ended, verdict = tried.ended, judge(tried.ended, events=job.events())
+        after = "requeue" if verdict.after == "restart" and (tried.too_few or must_requeue(job)) else verdict.after
         job.note("job_end", exit=ended.name, after=after, reason=verdict.reason)
         if after == "end":
             why = f"; not started again: {verdict.reason}" if verdict.reason else ""
@@ -77,8 +82,9 @@ def work(job: Job) -> ExitClass:
             return ended
         print(f"{job.run.name}: ended as {ended.name}; {after} of job {job.allocation.job}", flush=True)
         if after == "requeue":
-            if not requeue(job):
-                job.note("job_end", exit=ended.name, after="end", reason="Slurm was ending the job already")
+            if refused := requeue(job):
+                job.note("job_end", exit=ended.name, after="end", reason=refused)
+                print(f"{job.run.name}: not queued again: {refused}")
             return ended
         wait_before_restart(job)
 
@@ -91,51 +97,59 @@ def wait_before_restart(job: Job) -> None:
 
 
 def person_stopped(job: Job) -> bool:
-    """A flag that someone raised while the job waited to start again counts; one from before it was submitted does not."""
+    """Whether someone raised the stop flag since the run was queued: whoever queues it lowers the flag before."""
     deadline = time.monotonic() + (LOCK_WAIT_S if job.allocation.restarts else 0.0)
     while is_live(job.run) and time.monotonic() < deadline:
         time.sleep(1)
-    stopped = bool(job.allocation.restarts) and person_asked(job.run)
+    stopped = person_asked(job.run)
     lower_flag(job.run)
     return stopped
 
 
-def attempt(job: Job) -> ExitClass:
+def attempt(job: Job) -> Attempt:
     """Checks the nodes and trains on those that pass, until the ranks end."""
-    health = checked(job)
-    sound = [node for node in health.healthy if node not in job.bad_nodes]
-    if job.asked:
-        return ExitClass.CHECKPOINTED  # there is nothing to save yet
+    health = checked(job) if not job.asked else None
+    if job.asked or health is None:
+        job.note("no_start", reason="Slurm asked the job to end")
+        return Attempt(ExitClass.CHECKPOINTED)  # there is nothing to save yet
     if health.problem:
         job.note("no_start", reason=health.problem)
         print(f"{job.run.name}: {health.problem}")
-        return ExitClass.NEEDS_PERSON if health.figures.get("nodes") else ExitClass.RETRYABLE  # nobody answered: Slurm's fault
+        return Attempt(ExitClass.RETRYABLE if health.may_pass else ExitClass.NEEDS_PERSON)
     wanted = job.config.cluster.num_nodes
-    if len(sound) < wanted:
-        job.note("no_start", reason=f"{len(sound)} sound nodes, {wanted} wanted")
-        return ExitClass.BAD_NODE
-    ended = train_on(job, nodes=sound[:wanted])
+    if len(health.healthy) < wanted:
+        job.note("no_start", reason=f"{len(health.healthy)} sound nodes, {wanted} wanted")
+        return Attempt(ExitClass.BAD_NODE, too_few=True)
+    ended = train_on(job, nodes=health.healthy[:wanted])
     for node, reason in faults_of_nodes(job.events()):
         job.note("bad_node", node=node, reason=reason)
     if ended is ExitClass.INTERRUPTED and not person_asked(job.run):
-        return ExitClass.CHECKPOINTED  # Slurm asked: this process, or the ranks themselves
-    return ended
+        return Attempt(ExitClass.CHECKPOINTED)  # Slurm asked: this process, or the ranks themselves
+    return Attempt(ended)
 
 
 def checked(job: Job) -> Health:
-    """The nodes of the allocation that are not known to be bad; those that are found to be become events."""
-    given = [node for node in job.allocation.nodes if node not in job.bad_nodes]
-    lost = [NodeFault(node, f"Slurm says {state}") for node, state in states_of(given).items() if LOST.match(state)]
-    up = [node for node in given if node not in {fault.node for fault in lost}]
-    found = check_nodes(
-        job.run, job.config.cluster, nodes=up, step=step_of(job), environment=environment_of(job, nodes=up or given)
+    """The nodes of the allocation that are not known to be bad. Those that are found to be, and those that Slurm has lost,
+    become events; Slurm itself keeps the latter out of the next allocation."""
+    bad = job.bad_nodes
+    given = [node for node in job.allocation.nodes if node not in bad]
+    lost = {node: state for node, state in states_of(given).items() if LOST.match(state)}
+    for node, state in lost.items():
+        job.note("lost_node", node=node, reason=f"Slurm says {state}")
+        print(f"{job.run.name}: node {node}: Slurm says {state}", flush=True)
+    up = [node for node in given if node not in lost]
+    if not up:
+        return Health((), (), None, {})
+    inspect = job.place.code.resolve() / "launcher" / "jobs" / INSPECT.name
+    health = check_nodes(
+        job.run, job.config.cluster, nodes=up, step=step_of(job), environment=environment_of(job, nodes=up), inspect=inspect
     )
-    health = replace(found, faults=(*lost, *found.faults))
     for fault in health.faults:
         print(f"{job.run.name}: bad node {fault.node}: {fault.reason}", flush=True)
-    if len(health.faults) > max(1, MOST_BAD * len(job.allocation.nodes)):
-        told = f"{len(health.faults)} of {len(job.allocation.nodes)} nodes fail their checks, {health.faults[0].node}: "
-        return Health(healthy=(), faults=(), problem=told + health.faults[0].reason, figures=health.figures)
+    broken = [fault for fault in health.faults if fault.node in health.figures.get("nodes", {})]  # the others are silent
+    if len(broken) > max(1, MOST_BAD * len(job.allocation.nodes)):
+        told = f"{len(broken)} of {len(job.allocation.nodes)} nodes fail their checks, {broken[0].node}: {broken[0].reason}"
+        return replace(health, healthy=(), faults=(), problem=told)
     for fault in health.faults:
         job.note("bad_node", node=fault.node, reason=fault.reason)
     job.note("nodes_checked", healthy=len(health.healthy), **health.figures)
@@ -187,45 +201,46 @@ def faults_of_nodes(events: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str
             yield row["node"], f"its ranks stood still in {row['phase']} after step {row['step']}"
 
 
-def must_requeue(job: Job, *, ended: ExitClass) -> bool:
+def must_requeue(job: Job) -> bool:
     """Whether a restart cannot be here: too few nodes are left, or Slurm wants the job to end."""
-    left = [node for node in job.allocation.nodes if node not in job.bad_nodes]
-    return bool(job.asked) or len(left) < job.config.cluster.num_nodes
+    bad = job.bad_nodes
+    return bool(job.asked) or sum(node not in bad for node in job.allocation.nodes) < job.config.cluster.num_nodes
 
 
-def requeue(job: Job) -> bool:
-    """Puts the job back into the queue, without the nodes that are bad. False where Slurm is ending it already: then someone
-    has cancelled it, or Slurm queues it again by itself."""
+def requeue(job: Job) -> str | None:
+    """Puts the job back into the queue, without the nodes that are bad. Why not, where it must not or cannot."""
     signals_ignored()
-    fields = parse_fields(insist(["scontrol", "--oneliner", "show", "job", job.allocation.job]))
+    name, bad = job.allocation.job, sorted(job.bad_nodes)
+    fields = show_job(job.allocation.number)
     if fields.get("JobState") != "RUNNING" and not timed_out(fields):
-        print(f"{job.run.name}: job {job.allocation.job} is being ended by Slurm; not queued again from here")
-        return False
-    insist(["scontrol", "requeue", job.allocation.job])
-    if job.bad_nodes:  # Slurm takes this only while the job waits
-        before = [fields["ExcNodeList"]] if fields.get("ExcNodeList", "(null)") != "(null)" else []
-        excluded = ",".join([*before, *job.bad_nodes])
-        insist(["scontrol", "update", f"JobId={job.allocation.job}", f"ExcNodeList={excluded}"])
-    return True
+        return "Slurm is ending it: someone has cancelled it, or it queues it again by itself"
+    if bad and (few := too_few_others(fields, excluded=bad)):
+        return few
+    try:
+        insist("scontrol", "requeue", name)
+        if bad:  # Slurm takes this only while the job waits
+            before = [fields["ExcNodeList"]] if fields.get("ExcNodeList", "(null)") != "(null)" else []
+            insist("scontrol", "update", f"JobId={name}", f"ExcNodeList={','.join([*before, *bad])}")
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def too_few_others(fields: dict[str, str], *, excluded: Sequence[str]) -> str | None:
+    """Why the job would wait for ever without these nodes: its partition has not enough others. None where it has."""
+    with suppress(ConfigError):
+        said = slurm_says("sinfo", "--noheader", "--Node", f"--partition={fields['Partition']}", "--format=%N")
+        others, wanted = set(said.split()) - set(excluded), int(fields["NumNodes"].partition("-")[0])
+        if len(others) < wanted:
+            found = f"without {', '.join(excluded)} partition {fields['Partition']} has {len(others)} nodes"
+            return f"{found}, and the job wants {wanted}. Fix: have them repaired, or fewer cluster.num_nodes"
+    return None
 
 
 def timed_out(fields: dict[str, str]) -> bool:
     """Whether it is the time limit that ends the job: saving has taken longer than --signal left it."""
     run, limit = duration_s(fields.get("RunTime", "")), duration_s(fields.get("TimeLimit", ""))
     return run is not None and limit is not None and run >= limit
-
-
-def insist(command: Sequence[str]) -> str:
-    """What a Slurm command says, asked again while the controller does not answer: a job that is not queued again is lost
-    time. ConfigError where it never does."""
-    deadline = time.monotonic() + INSIST_S
-    while True:
-        try:
-            return slurm_says(*command)
-        except ConfigError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(5)
 
 
 def signals_ignored() -> None:

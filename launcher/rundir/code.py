@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import shutil
+import stat
 import subprocess
 from collections.abc import Iterator
 from functools import cache
@@ -57,6 +58,8 @@ def snapshot_code(run: RunDir) -> Path:
         (partial / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(SOURCE_ROOT / path, partial / path)  # with its mode: scripts stay executable
     (partial / VERSION_FILE).write_text(json.dumps(code_version(), indent=1) + "\n")
+    for path in (final.parent, partial, *partial.rglob("*")):
+        path.chmod(path.stat().st_mode & ~stat.S_IWOTH)  # what lies here is run, whatever the umask
     try:
         partial.rename(final)
     except OSError:  # another job was quicker

@@ -227,12 +227,17 @@ def add_launching(tree: dict[str, Any]) -> dict[str, Any]:
     """Schema 4 to 5: how jobs are launched and watched before it could be said. `container` was a name that nothing read."""
     launching: dict[str, Any] = dict(cpu_partition=None, sbatch_options=[], spare_nodes=0, checks=None, container=None)
     wandb = {"key_file": None, **tree["monitor"]["wandb"]}
+    stages = [
+        {**row, "stage": {**row["stage"], "checkpoint": {"keep_every_tokens": None, **row["stage"]["checkpoint"]}}}
+        for row in tree["stages"]
+    ]
     hang = {"factor": 20.0, "least_s": 120.0, "start_s": 1800.0, "pause_s": 1800.0}
     return {
         **tree,
         "run": {**tree["run"], "after": []},
         "cluster": {**tree["cluster"], **launching},
         "monitor": {"hang": hang, **tree["monitor"], "wandb": wandb},
+        "stages": stages,
     }
 
 

@@ -24,6 +24,7 @@ VERBS = {
     "logs": Verb("<run> [stage=X] [lines=40]", "the end of what a run has said", False),
     "stop": Verb("<run> [now=true]", "have a run save and end, and cancel what of it waits", False),
     "job": Verb("[overrides]", "inside a Slurm job: what slurm/pretrain.sh runs", False),
+    "checkpoint": Verb("<run> [action=list|verify|prune]", "which checkpoints a run has, whether they are whole; fewer", False),
     "export": Verb("<run> [stage=X] [prompt=TEXT]", "write a Hugging Face checkpoint", False),
     "eval": Verb("<run> [stage=X]", "held-out loss of an exported checkpoint, by source", False),
     "report": Verb("<run>", "write report.html of a run", False),

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from launcher.config.check import check_run
 from launcher.config.compose import compose_run
+from launcher.config.errors import ConfigError, Problem
 from launcher.config.schema import RunConfig
 from launcher.jobs.allocation import Allocation, Remembered, fitted_to, read_allocation, remember, remembered, said_nodes
-from launcher.jobs.stages import refuse_headless
+from launcher.jobs.stages import lower_flag, refuse_headless
 from launcher.jobs.steps import place_of
 from launcher.jobs.work import Job, signals_kept, work
 from launcher.plan.planner import Planner, check_fits
@@ -49,12 +50,16 @@ class Start:
         if said_nodes(self.words):
             return list(self.words)
         place = next((i for i, word in enumerate(self.words) if "=" in word and not word.startswith("-")), len(self.words))
-        spare = [int(word.partition("=")[2]) for word in self.words if word.startswith("cluster.spare_nodes=")]
-        num_nodes = max(1, len(self.allocation.nodes) - sum(spare[-1:]))
+        said = [word.partition("=")[2] for word in self.words if word.lstrip("+").startswith("cluster.spare_nodes=")]
+        spare = int(said[-1]) if said and said[-1].isdigit() else 0  # what is no number is Hydra's to refuse
+        num_nodes = max(1, len(self.allocation.nodes) - spare)
         return [*self.words[:place], f"cluster.num_nodes={num_nodes}", *self.words[place:]]
 
     def first(self, request: Request) -> int:
         """Nothing is frozen yet: checks everything, as `phidias train` does."""
+        if request.in_sweep:
+            rule = "a job trains one run"
+            raise ConfigError(Problem("job", "-m", rule, "`phidias submit -m` queues a job for each run of a sweep"))
         config = self.recomposed(request)
         config = fitted_to(config, self.allocation, overrides=self.words)
         check_run(config)
@@ -63,6 +68,7 @@ class Start:
         prepared = check_data_ready(config)
         refuse_headless(RunDir(Path(config.run.runs_dir) / config.run.name), config)
         run = open_run(config, prepared=prepared, on_change=print)
+        lower_flag(run)
         code = snapshot_code(run)
         remember(run, config, allocation=self.allocation, code=code)
         return self.work(Remembered(run, config, code))
@@ -71,7 +77,7 @@ class Start:
         """With the spare nodes that a YAML file names taken off."""
         config = request.config
         num_nodes = len(self.allocation.nodes) - config.cluster.spare_nodes
-        if said_nodes(self.words) or num_nodes in (config.cluster.num_nodes, 0):
+        if said_nodes(self.words) or num_nodes == config.cluster.num_nodes or num_nodes < 1:
             return config
         return compose_run([*request.overrides, f"cluster.num_nodes={num_nodes}"], planner=Planner())
 

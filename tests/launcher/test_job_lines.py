@@ -14,7 +14,7 @@ from launcher.config.schema import Container
 from launcher.jobs.allocation import Allocation, fitted_to, job_comment, read_allocation, remembered
 from launcher.jobs.graph import after_job, data_job, stage_job, sweep_job
 from launcher.jobs.queue import known_jobs, queued
-from launcher.jobs.slurm import duration_s, parse_fields
+from launcher.jobs.slurm import duration_s, parse_fields, run_sbatch
 from launcher.jobs.steps import check_line, cores_of_node, one_process, outermost, place_of, rank_line
 from launcher.jobs.work import timed_out
 from launcher.rundir.code import SOURCE_ROOT
@@ -104,7 +104,7 @@ def test_data_as_an_array(tmp_path):
 
 def test_a_sweep_as_an_array(tmp_path):
     line = sweep_job([PHI4, PHI4, PHI4], runs=tmp_path / "sweep.json", code=CODE, concurrency=2).line(after="3:4")
-    assert {"--array=0-2%2", f"--comment={tmp_path}/sweep.json::{CODE.name}", "--dependency=afterok:3:4"} <= set(
+    assert {"--array=0-2%2", f"--comment={tmp_path}/sweep.json:elements:{CODE.name}", "--dependency=afterok:3:4"} <= set(
         options_of(line)
     )
 
@@ -253,27 +253,44 @@ def test_a_job_that_ran_out_of_time_is_told_from_one_that_was_cancelled():
     assert not timed_out({**fields, "RunTime": "00:00:59"}) and not timed_out({**fields, "TimeLimit": "UNLIMITED"})
 
 
+JOBS = """JobId=17 ArrayJobId=17 ArrayTaskId=2 JobState=PENDING Comment={0}/sweep.json:elements:abc Restarts=0
+JobId=18 ArrayJobId=17 ArrayTaskId=1 JobState=RUNNING Comment={0}/sweep.json:elements:abc Restarts=3
+"""
+
+
 def test_an_element_of_an_array_knows_its_run(tmp_path, monkeypatch):
-    write_json(tmp_path / "sweep.json", {"runs": [str(tmp_path / "a"), str(tmp_path / "b")]})
-    said = {"scontrol": "n1\nn2\n", "squeue": f"{tmp_path}/sweep.json::abc   \n"}
-    for module in ("allocation",):
-        monkeypatch.setattr(f"launcher.jobs.{module}.slurm_says", lambda *command: said[command[0]])
+    rows = [{"run": str(tmp_path / name), "stages": ["midtrain"]} for name in "ab"]
+    write_json(tmp_path / "sweep.json", {"runs": rows})
+    said = {"hostnames": "n1\nn2\n", "job": JOBS.format(tmp_path)}
+    monkeypatch.setattr("launcher.jobs.slurm.slurm_says", lambda *command: said[command[2] if "job" not in command else "job"])
+    # Of the job it was submitted from, too: what Slurm says of the job itself counts.
     environment = {
-        "SLURM_JOB_ID": "18", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "1", "SLURM_JOB_NODELIST": "n[1-2]",
-        "SLURM_NTASKS_PER_NODE": "8(x2)", "SLURM_RESTART_COUNT": "3",
+        "SLURM_JOB_ID": "18", "SLURM_ARRAY_JOB_ID": "99", "SLURM_ARRAY_TASK_ID": "4", "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_NTASKS_PER_NODE": "8(x2)", "SLURM_RESTART_COUNT": "9",
     }  # fmt: skip
     given = read_allocation(environment)
-    assert given == Allocation(job="17_1", number=18, element=1, tasks_per_node=8, nodes=("n1", "n2"), restarts=3)
+    assert (given.job, given.number, given.element, given.restarts) == ("17_1", 18, 1, 3)
+    assert given.nodes == ("n1", "n2") and given.tasks_per_node == 8
     assert remembered(given) is None  # nothing is frozen there
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "config.yaml").touch()
     monkeypatch.setattr("launcher.jobs.allocation.read_config", lambda run: PHI4)
     known = remembered(given)
-    assert known.run.root == tmp_path / "b" and known.config == PHI4 and known.code == tmp_path / "b" / "code" / "abc"
-    said["squeue"] = f"{tmp_path}/b:midtrain:abc\n"
-    assert remembered(replace(given, element=None)).config.stage_names == ("midtrain",)
-    said["squeue"] = "a comment of the user's own: 1\n"
-    assert remembered(given) is None
+    assert known.run.root == tmp_path / "b" and known.code == tmp_path / "b" / "code" / "abc"
+    assert known.config.stage_names == ("midtrain",)
+    alone = replace(given, element=None, comment=f"{tmp_path}/b:pretrain,midtrain:abc")
+    assert remembered(alone).config.stage_names == ("pretrain", "midtrain")
+    assert remembered(replace(alone, comment="a comment of the user's own: 1")) is None
+
+
+def test_a_new_job_does_not_take_itself_for_the_one_it_was_submitted_from(monkeypatch, tmp_path):
+    program = tmp_path / "sbatch"
+    program.write_text('#!/bin/sh\necho "${SLURM_ARRAY_JOB_ID-none} ${SLURM_RESTART_COUNT-none} $SLURM_CONF"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name, value in {"SLURM_ARRAY_JOB_ID": "9", "SLURM_RESTART_COUNT": "4", "SLURM_CONF": "/c"}.items():
+        monkeypatch.setenv(name, value)
+    assert run_sbatch(["env", "A=b", "sbatch"]) == "none none /c"
 
 
 SQUEUE = """#!/bin/sh

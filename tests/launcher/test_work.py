@@ -19,7 +19,7 @@ from launcher.rundir.paths import RunDir
 from launcher.rundir.records import append_record, read_records
 
 NODES = tuple(f"n{number}" for number in range(1, 9))
-RUNNING = "JobId=7 JobState=RUNNING RunTime=00:01:00 TimeLimit=01:00:00 ExcNodeList=(null)\n"
+RUNNING = "JobId=7 JobState=RUNNING RunTime=00:01:00 TimeLimit=01:00:00 Partition=gpu NumNodes=8 ExcNodeList=(null)\n"
 
 
 class World:
@@ -28,7 +28,8 @@ class World:
     def __init__(self, monkeypatch, root, *, spare=0, restarts=0):
         self.run, self.commands, self.ends, self.faults, self.trained, self.asked = RunDir(root), [], [], [], [], []
         root.mkdir()
-        self.said, self.states, self.problem = RUNNING, {}, None
+        self.silent, self.partition = (), [f"n{number}" for number in range(1, 20)]
+        self.said, self.states, self.problem, self.may_pass, self.now = RUNNING, {}, None, False, 0.0
         config = compose_run(["run=phi4", f"cluster.num_nodes={8 - spare}", f"cluster.spare_nodes={spare}", "stage=pretrain",
                               "stage.global_batch_size=3360"])  # fmt: skip
         given = Allocation(job="7", number=7, element=None, tasks_per_node=8, nodes=NODES, restarts=restarts)
@@ -36,13 +37,23 @@ class World:
         self.job = Job(self.run, config, given, place, self.asked)
         for name in ("check_nodes", "train_stages", "slurm_says"):
             monkeypatch.setattr(module, name, getattr(self, name))
+        monkeypatch.setattr("launcher.jobs.slurm.slurm_says", self.slurm_says)
+        monkeypatch.setattr("launcher.jobs.slurm.time", self)
         monkeypatch.setattr(module, "RESTART_WAIT_S", 0.0)
         monkeypatch.setattr(module, "signals_ignored", lambda: None)  # in this process they are the tests'
 
-    def check_nodes(self, run, cluster, *, nodes, step, environment):
+    def monotonic(self):
+        self.now += 1.0
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+    def check_nodes(self, run, cluster, *, nodes, step, environment, inspect):
         found = self.faults.pop(0) if self.faults else ()
         healthy = tuple(node for node in nodes if node not in {fault.node for fault in found})
-        return Health(healthy, tuple(found), self.problem, {"nodes": {node: {} for node in nodes}} if healthy else {})
+        answered = {node: {} for node in nodes if node not in self.silent}
+        return Health(healthy, tuple(found), self.problem, {"nodes": answered}, may_pass=self.may_pass)
 
     def train_stages(self, run, config, *, ranks, asked, **about):
         append_record(run.events, "start", **about)
@@ -52,6 +63,8 @@ class World:
 
     def slurm_says(self, *command):
         self.commands.append(command)
+        if command[0] == "sinfo" and "--format=%N" in command:
+            return "\n".join(self.partition)
         if command[0] == "sinfo":
             return "".join(f"{node} {self.states.get(node, 'mixed')}\n" for node in NODES)
         return self.said if "show" in command else ""
@@ -121,7 +134,48 @@ def test_nodes_that_slurm_has_lost_are_not_asked(tmp_path, monkeypatch):
     world = World(monkeypatch, tmp_path / "run", spare=1)
     world.states, world.ends = {"n1": "down*"}, [ExitClass.DONE]
     assert work(world.job) is ExitClass.DONE and world.trained == [list(NODES[1:])]
-    assert world.events("bad_node")[0]["reason"] == "Slurm says down*"
+    assert world.events("lost_node")[0]["reason"] == "Slurm says down*" and not world.events("bad_node")
+
+
+def test_nodes_that_slurm_takes_away_are_nobodys_fault(world):
+    """However many: the job goes back into the queue, and Slurm itself gives it others. They may come back repaired."""
+    world.states = dict.fromkeys(NODES[:3], "draining")
+    assert work(world.job) is ExitClass.BAD_NODE and world.updates == [("requeue", "7")]
+
+
+def test_silent_nodes_do_not_speak_for_all(world):
+    world.silent = NODES[:3]
+    world.faults = [[NodeFault(node, "did not answer") for node in world.silent]]
+    assert work(world.job) is ExitClass.BAD_NODE and world.updates[-1][-1] == "ExcNodeList=n1,n2,n3"
+
+
+def test_where_all_nodes_are_known_to_be_bad(tmp_path, monkeypatch):
+    """Slurm gave them again: its update had been cut short."""
+    world = World(monkeypatch, tmp_path / "run", restarts=1)
+    for node in NODES:
+        append_record(world.run.events, "bad_node", node=node, reason="7 GPUs", job="7")
+    assert work(world.job) is ExitClass.BAD_NODE and not world.trained and world.updates
+
+
+def test_a_job_is_not_left_waiting_for_nodes_that_do_not_exist(world):
+    """Slurm would take the exclusion, and keep the job for ever."""
+    world.faults, world.partition = [[NodeFault("n3", "7 GPUs")]], list(NODES)
+    assert work(world.job) is ExitClass.BAD_NODE and not world.updates
+    assert "without n3 partition gpu has 7 nodes, and the job wants 8" in world.events("job_end")[-1]["reason"]
+
+
+def test_a_measurement_that_fails_is_tried_again(world):
+    world.problem, world.may_pass = "the nodes were not measured: did not end in 210 s", True
+    assert work(world.job) is ExitClass.RETRYABLE and len(world.events("no_start")) == 3
+
+
+def test_starts_that_slurm_ends_without_progress_are_counted(world):
+    """A time limit that is too short for a step would go on for ever."""
+    for _ in range(9):
+        append_record(world.run.events, "start")
+    world.ends = [ExitClass.INTERRUPTED]
+    assert work(world.job) is ExitClass.CHECKPOINTED and not world.updates
+    assert "10 starts in a row" in world.events("job_end")[-1]["reason"]
 
 
 def test_many_bad_nodes_at_once_are_nobodys(world):
@@ -137,7 +191,7 @@ def test_what_no_node_is_to_blame_for_waits_for_a_person(world):
 
 
 def test_where_nobody_answers_it_is_tried_again(world, monkeypatch):
-    monkeypatch.setattr(module, "check_nodes", lambda *_, **__: Health((), (), "no node answered", {}))
+    monkeypatch.setattr(module, "check_nodes", lambda *_, **__: Health((), (), "no node answered", {}, may_pass=True))
     assert work(world.job) is ExitClass.RETRYABLE and len(world.events("no_start")) == 3
 
 
@@ -184,12 +238,10 @@ def test_a_signal_before_the_ranks_start(world):
     assert work(world.job) is ExitClass.CHECKPOINTED and not world.trained and world.updates == [("requeue", "7")]
 
 
-@pytest.mark.parametrize(
-    ("restarts", "flag", "trains"),
-    [(0, "", True), (0, BY_SIGNAL, True), (1, BY_SIGNAL, True), (1, None, True), (1, "", False)],
-)
+@pytest.mark.parametrize("restarts", [0, 1])
+@pytest.mark.parametrize(("flag", "trains"), [("", False), (BY_SIGNAL, True), (None, True)])
 def test_a_flag_that_was_raised_while_the_job_waited(tmp_path, monkeypatch, restarts, flag, trains):
-    """A person's counts where the job had started before; whoever submits anew wants the run to go on."""
+    """A person's counts: whoever queues a run lowers the flag first. One of an earlier start's launcher does not."""
     world = World(monkeypatch, tmp_path / "run", restarts=restarts)
     if flag is not None:
         world.run.stop_flag.write_text(flag)
@@ -207,7 +259,21 @@ def test_a_controller_that_is_away_is_asked_again(world, monkeypatch):
             raise ConfigError(Problem("cluster", "Unable to contact slurm controller", "Slurm must answer", "wait"))
         return says(*command)
 
-    monkeypatch.setattr(module, "slurm_says", away)
-    monkeypatch.setattr(module.time, "sleep", lambda _: None)
+    monkeypatch.setattr("launcher.jobs.slurm.slurm_says", away)
     world.ends = [ExitClass.INTERRUPTED]
     assert work(world.job) is ExitClass.CHECKPOINTED and world.updates == [("requeue", "7")]
+
+
+def test_a_refusal_is_not_asked_again(world, monkeypatch):
+    """Of a job that was submitted with --no-requeue, say: its nodes wait for nothing."""
+    says = world.slurm_says
+
+    def refuses(*command):
+        if command[1] == "requeue":
+            raise ConfigError(Problem("cluster", "Requested operation is presently disabled", "Slurm must answer", "see"))
+        return says(*command)
+
+    monkeypatch.setattr("launcher.jobs.slurm.slurm_says", refuses)
+    world.ends = [ExitClass.INTERRUPTED]
+    assert work(world.job) is ExitClass.CHECKPOINTED and world.now < 60
+    assert "presently disabled" in world.events("job_end")[-1]["reason"]

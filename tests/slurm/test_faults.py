@@ -106,7 +106,7 @@ def test_a_spare_node_stands_in(slurm, workspace, undisturbed):
     assert job.restarts == 0 and losses(spared) == undisturbed
     last = spared.events("start")[-1]["nodes"]
     assert last[0] == start["nodes"][0] and start["nodes"][1] not in last
-    assert [row["node"] for row in spared.events("bad_node")] == [start["nodes"][1]]
+    assert [row["node"] for row in spared.events("lost_node")] == [start["nodes"][1]]
 
 
 def test_a_node_that_fails_its_checks_is_excluded(slow, slurm, workspace):

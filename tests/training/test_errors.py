@@ -7,7 +7,7 @@ import pytest
 from data_prep.errors import DataError
 from launcher.rundir.checkpoints import CheckpointError, DiskFullError, UnwrittenError
 from launcher.rundir.exits import ExitClass, RunStateError
-from training.errors import NonFiniteError, PrecisionError, exit_class, is_disk_full
+from training.errors import NodeError, NonFiniteError, PrecisionError, exit_class, is_disk_full
 
 
 def raised_from(error: BaseException, cause: BaseException) -> BaseException:
@@ -33,6 +33,7 @@ TABLE = [
     (PrecisionError("no FP8 here"), ExitClass.REFUSED),
     (CheckpointError("torn"), ExitClass.STATE),
     (UnwrittenError("a rank died"), ExitClass.RETRYABLE),
+    (NodeError("no CUDA device"), ExitClass.BAD_NODE),
     (RunStateError("another run's directory"), ExitClass.STATE),
     (NonFiniteError("loss is nan"), ExitClass.NEEDS_PERSON),
     (DiskFullError("checkpoint"), ExitClass.NEEDS_PERSON),
@@ -71,7 +72,16 @@ def test_every_error_of_ours_is_in_the_table() -> None:
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, Exception)
     }
-    assert ours == {DataError, PrecisionError, CheckpointError, RunStateError, NonFiniteError, DiskFullError, UnwrittenError}
+    assert ours == {
+        DataError,
+        PrecisionError,
+        CheckpointError,
+        RunStateError,
+        NonFiniteError,
+        DiskFullError,
+        UnwrittenError,
+        NodeError,
+    }
     assert ours <= {type(error) for error, _ in TABLE}
 
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.config.schema import StageConfig
+from launcher.config.schema import CheckpointPolicy, StageConfig
 from launcher.plan.stage import StagePlan, plan_stage
 from launcher.rundir.checkpoints import Meta, newest_checkpoint
 from launcher.rundir.paths import RunDir
@@ -172,13 +172,16 @@ def test_after_a_load_the_config_rules(tmp_path: Path, seams: None) -> None:
     with one_rank(before.layout):
         chunks, optimizer = stepped(before)
         saver = Checkpointer(run, stage="pretrain", layout=before.layout, chunks=chunks, optimizer=optimizer)
-        saver.save(meta(before), keep_last=1)
+        saver.save(meta(before), policy=CheckpointPolicy(interval_tokens=1.0, keep_last=1, keep_every_tokens=None))
         moments = adam(optimizer).state_dict()["state"]
         chunks, optimizer = build(after)
         loader = Checkpointer(run, stage="pretrain", layout=after.layout, chunks=chunks, optimizer=optimizer)
         saved, _ = newest_checkpoint(run, "pretrain")
-        assert saved is not None
+        assert saved is not None and set(saved.meta.digests) == set(saved.meta.files) and not loader.damages(saved)
         loader.load(saved, after.optim)
+        change_a_byte(next(saved.path.glob("*.distcp")))
+        (damage,) = loader.damages(saved)
+        assert ".distcp: its content is not what was written" in damage
         rate = set_schedule(build_schedule(after, plan=plan_of(after), optimizer=optimizer), samples=16)
     assert rate == pytest.approx(1e-3)  # the second step of two of warm-up
     for group in optimizer.param_groups:
@@ -190,6 +193,12 @@ def test_after_a_load_the_config_rules(tmp_path: Path, seams: None) -> None:
     loaded = adam(optimizer).state_dict()["state"]
     assert moments.keys() == loaded.keys()
     assert all(torch.equal(moments[key]["exp_avg"], loaded[key]["exp_avg"]) for key in moments)
+
+
+def change_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 def test_a_load_alone_would_bring_the_old_settings(seams: None) -> None:

@@ -30,7 +30,8 @@ OPTIM = dict(
 STAGE = dict(
     name="pretrain", seq_length=32, global_batch_size=8, tokens=256 * 6.0, rotary_base=10000, init_from=None,
     rampup_batch_size=None, replay_from_tokens=None, reset_attention_mask=False, reset_position_ids=False, eod_mask_loss=False,
-    validation=dict(interval_tokens=1e9, max_tokens=256), checkpoint=dict(interval_tokens=1e9, keep_last=2),
+    validation=dict(interval_tokens=1e9, max_tokens=256),
+    checkpoint=dict(interval_tokens=1e9, keep_last=2, keep_every_tokens=None),
 )  # fmt: skip
 SHARES = {"a": 0.5, "b": 0.3, "c": 0.2}
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data_prep.errors import DataError
 from launcher.config.schema import ModelConfig, RunConfig
-from launcher.rundir.checkpoints import CheckpointError, Saved, newest_checkpoint
+from launcher.rundir.checkpoints import CheckpointError, Saved, damages, newest_checkpoint
 from launcher.rundir.exits import ExitClass, RunStateError
 from launcher.rundir.freeze import read_config
 from launcher.rundir.paths import RunDir
@@ -62,6 +62,10 @@ def checkpoint_of(run: RunDir, stage: str) -> Saved:
     if saved is None:
         reason = "; ".join(refused) or "none was written"
         raise CheckpointError(f"stage {stage} of run {run.name} has no valid checkpoint ({reason}). Fix: train the stage first")
+    if found := damages(saved):
+        raise CheckpointError(
+            f"{'; '.join(found[:3])}. Fix: restore it, or train the stage again from the checkpoint before it"
+        )
     return saved
 
 
