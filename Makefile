@@ -31,7 +31,7 @@ demo: setup
 
 # Two files at a time: most tests use one core, and those of several ranks do not mind.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # With the cases that take minutes each.
 test-slow: setup

@@ -10,6 +10,8 @@ LONGEST = (
     "tests/training/test_ranks.py",
     "tests/endtoend/test_order.py",
     "tests/endtoend/test_run.py",
+    "tests/slurm/test_faults.py",
+    "tests/slurm/test_graph.py",
     "tests/slurm/test_train.py",
     "tests/slurm/test_data_array.py",
 )

@@ -91,7 +91,7 @@ def show(rows: Sequence[Found]) -> None:
         written = time.strftime("%Y-%m-%d %H:%M", time.gmtime(row.path.stat().st_mtime))
         meta = row.saved.meta if row.saved else None
         figures = (format_count(meta.tokens), format_bytes(sum(meta.files.values()))) if meta else ("–", "–")
-        state = "refused" if row.problem else "end of the stage" if meta and meta.finished else "whole"
+        state = "refused" if row.problem else "stage end" if meta and meta.finished else "whole"
         table.add_row(row.stage, row.path.name, *figures, written, state)
     console.print(table)
     for row in rows:

@@ -12,6 +12,7 @@ import pytest
 
 import launcher.jobs.local
 from launcher.cli import main
+from launcher.rundir.checkpoints import Meta, file_digest
 from launcher.rundir.exits import ExitClass
 from launcher.rundir.freeze import read_config
 from launcher.rundir.paths import RunDir
@@ -402,3 +403,32 @@ def test_export_hands_over_to_a_process_with_torch(corpus, phidias, trained, mon
     assert environment["PYTHONSAFEPATH"] == "1" and str(ROOT) in environment["PYTHONPATH"]
     code, _, err = phidias("export", "demo", "stage=demo_midtrain")
     assert code == 2 and "run demo has demo_pretrain" in err
+
+
+def test_checkpoints_of_a_run(corpus, phidias, trained):
+    """Listed, verified, pruned; a byte that was changed is found."""
+    assert phidias("train", *FITS)[0] == 0
+    run = RunDir(Path("runs/demo"))
+    assert phidias("checkpoint", "demo")[:2] == (0, "no checkpoints\n")
+    folder = run.checkpoints("demo_pretrain")
+    for step, finished in ((10, False), (20, False), (30, True)):
+        path = folder / f"step_{step:08d}"
+        path.mkdir(parents=True)
+        (path / "shard").write_bytes(b"content")
+        meta = Meta(
+            1, "demo_pretrain", step, step * 8, step * 512, finished, {}, {}, {}, {}, {"shard": 7},
+            {"shard": file_digest(path / "shard")},
+        )  # fmt: skip
+        write_json(path / "meta.json", vars(meta))
+        append_record(folder / "index.jsonl", "checkpoint", path=path.name, meta=file_digest(path / "meta.json"))
+    code, out, _ = phidias("checkpoint", "demo", "action=verify")
+    assert code == 0 and out.count("step_000000") == 3 and "stage end" in out
+    (folder / "step_00000020" / "shard").write_bytes(b"contenu")
+    assert phidias("checkpoint", "demo")[0] == 0  # sizes are right
+    code, out, _ = phidias("checkpoint", "demo", "action=verify")
+    assert code == 3 and "step_00000020/shard: its content is not what was written" in out
+    assert phidias("checkpoint", "demo", "action=prune", "keep=1")[:2] == (
+        0, "demo_pretrain: removed step_00000010, step_00000020\n",
+    )  # fmt: skip
+    assert phidias("checkpoint", "demo", "keep=2")[0] == phidias("checkpoint", "demo", "action=prune")[0] == 2
+    assert phidias("checkpoint", "demo", "stage=other")[0] == 2

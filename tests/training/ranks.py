@@ -29,6 +29,7 @@ from launcher.rundir.paths import RunDir  # noqa: E402
 from tests.training.thd import as_on_gpus  # noqa: E402
 from tests.training.tiny import run_config, stage_config  # noqa: E402
 from training.errors import NonFiniteError  # noqa: E402
+from training.heartbeat import Heartbeat  # noqa: E402
 from training.loop import Trainer  # noqa: E402
 from training.parallel import initialize_parallel, join_world, leave_world  # noqa: E402
 
@@ -73,7 +74,8 @@ class Case:
         dist.barrier()
         stage_cfg = self.config.stages[0]
         plan = plan_stage(stage_cfg, cluster=self.config.cluster)
-        self.trainer = Trainer(self.run, self.config, stage=stage_cfg, plan=plan, rank=self.rank)
+        heartbeat = Heartbeat(self.run, stage=stage_cfg.stage.name, rank=self.rank.rank, hang=self.config.monitor.hang)
+        self.trainer = Trainer(self.run, self.config, stage=stage_cfg, plan=plan, rank=self.rank, heartbeat=heartbeat)
         self.trainer.restore()
 
     def steps(self, count: int) -> "Case":

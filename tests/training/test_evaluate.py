@@ -33,6 +33,7 @@ from tests.endtoend.workspace import write_tokenizer
 from tests.training.shards import write_sources
 from tests.training.tiny import run_config, stage_config
 from tests.training.world import cpu_seams, one_rank
+from training.heartbeat import Heartbeat
 from training.interop import evaluate
 from training.interop.export import export
 from training.loop import Trainer
@@ -74,12 +75,14 @@ def train(run: RunDir, config: RunConfig) -> None:
     plan = plan_stage(stage, cluster=config.cluster)
     writers = mock.patch.object(filesystem_async, "_results_queue", None)  # which a Trainer starts a process for
     with cpu_seams(), one_rank(stage.layout) as rank, writers:
-        trainer = Trainer(run, config, stage=stage, plan=plan, rank=rank)
+        heartbeat = Heartbeat(run, stage=stage.stage.name, rank=0, hang=config.monitor.hang)
+        trainer = Trainer(run, config, stage=stage, plan=plan, rank=rank, heartbeat=heartbeat)
         trainer.restore()
         while not trainer.is_finished:
             trainer.train_step(stop=False)
         trainer.validate()
         trainer.save()
+        heartbeat.close()
 
 
 @pytest.fixture(scope="module")
