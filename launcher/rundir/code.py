@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from functools import cache
 from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import cache_from_source
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def snapshot_code(run: RunDir) -> Path:
     partial = final.with_name(f".{final.name}.{os.getpid()}.partial")
     for path in source_files():
         (partial / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(SOURCE_ROOT / path, partial / path)  # with its mode: scripts stay executable
+        copy_with_bytecode(SOURCE_ROOT / path, to=partial / path)
     (partial / VERSION_FILE).write_text(json.dumps(code_version(), indent=1) + "\n")
     for path in (final.parent, partial, *partial.rglob("*")):
         path.chmod(path.stat().st_mode & ~stat.S_IWOTH)  # what lies here is run, whatever the umask
@@ -67,6 +68,16 @@ def snapshot_code(run: RunDir) -> Path:
         if not final.exists():
             raise
     return final
+
+
+def copy_with_bytecode(source: Path, *, to: Path) -> None:
+    """With its mode, so that scripts stay executable, and its time, so that bytecode copied beside it stays valid: else every
+    rank would compile every module at once."""
+    shutil.copy2(source, to)
+    cached = Path(cache_from_source(str(source)))
+    if source.suffix == ".py" and cached.exists():
+        (to.parent / cached.parent.name).mkdir(exist_ok=True)
+        shutil.copy2(cached, to.parent / cached.parent.name)
 
 
 PACKAGES = ("megatron-core", "torch", "transformer-engine", "numpy", "hydra-core", "pydantic")
