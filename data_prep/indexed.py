@@ -100,7 +100,7 @@ class ShardWriter:
     DataError: the disk or the file-size limit is full."""
 
     def __init__(self, stem: Path, *, dtype: IdsType):
-        import xxhash  # the data extra; readers of shards do without
+        import xxhash  # readers of shards do without
 
         self._stem, self._dtype = stem, dtype
         self._bin, self._idx = (stem.with_name(f"{stem.name}{suffix}") for suffix in (".bin", ".idx"))

@@ -272,7 +272,7 @@ def _receipt(directory: Path, *, shards: Sequence[ShardEntry]) -> dict[str, Any]
 
 
 def _digest_of(path: Path) -> str:
-    """Of the standard library: ranks read the receipt, and have no xxhash."""
+    """Of the standard library: what receipts of an older phidias hold."""
     return blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
 
@@ -342,7 +342,7 @@ def _files(stem: Path) -> tuple[Path, Path]:
 
 
 def _hash(blocks: Iterable[memoryview | bytes]) -> str:
-    import xxhash  # the data extra; reading a manifest does without
+    import xxhash  # reading a manifest does without
 
     digest = xxhash.xxh3_128()
     for block in blocks:

@@ -7,7 +7,6 @@ checkpoints/<stage>/index.jsonl      one row a finished checkpoint, append-only,
 import shutil
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from launcher.rundir.paths import RunDir
 from launcher.rundir.records import read_json, read_records
 
 FORMAT_VERSION = 1
-DIGEST_BYTES = 16
 READ_BYTES = 8 << 20
 
 
@@ -81,8 +79,11 @@ def read_checkpoint(path: Path, *, digest: str | None = None) -> Saved:
 
 
 def file_digest(path: Path) -> str:
-    """BLAKE2b of a file's content."""
-    digest = blake2b(digest_size=DIGEST_BYTES)
+    """XXH3 of a file's content. It tells damage, at the speed of memory: who may write the run directory could write digests
+    too."""
+    import xxhash  # of ranks and of few verbs
+
+    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(READ_BYTES):
             digest.update(block)
