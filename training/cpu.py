@@ -99,7 +99,8 @@ def install() -> None:
 
 def _import_megatron() -> None:
     """Imports megatron-core without what it loads for others: it hands fused functions to torch.compile, which loads Inductor,
-    and looks for wandb, for its inference engine. CPU ranks call neither, and start 2.6 s of a core earlier."""
+    and looks for wandb, for its inference engine. CPU ranks call neither, and start 2.9 s of a core earlier; another second is
+    Dynamo, which optimizers load to say that they are not to be compiled."""
     compile_, hidden = torch.compile, "wandb" not in sys.modules
     torch.compile = _uncompiled
     if hidden:
@@ -111,6 +112,9 @@ def _import_megatron() -> None:
         torch.compile = compile_
         if hidden:
             del sys.modules["wandb"]
+    for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad"):
+        method = getattr(torch.optim.Optimizer, name).__wrapped__
+        method.__dynamo_disable = method  # where torch._compile keeps what it made of it
 
 
 def _uncompiled(function: Any = None, **_: Any) -> Any:

@@ -94,7 +94,7 @@ def test_a_node_that_dies_is_left_behind(slurm, workspace, undisturbed):
     assert losses(moved) == undisturbed
 
 
-def test_a_spare_node_stands_in(slurm, workspace, undisturbed):
+def test_a_spare_node_stands_in(slow, slurm, workspace, undisturbed):
     """The job outlives the node: no queue, no other allocation."""
     spared = workspace.named("spared")
     number = submit(slurm, spared, TOKENS, "cluster.spare_nodes=1", nodes=3, options=["--no-kill"])
@@ -123,7 +123,7 @@ def test_a_node_that_fails_its_checks_is_excluded(slow, slurm, workspace):
     assert row["node"] == slurm.nodes[0] and [row["exit"] for row in sick.events("job_end")] == ["BAD_NODE", "DONE"]
 
 
-def test_a_job_that_someone_cancels_stays_cancelled(slurm, workspace):
+def test_a_job_that_someone_cancels_stays_cancelled(slow, slurm, workspace):
     """Its ranks save on SIGTERM; it must not put itself back into the queue."""
     cancelled = workspace.named("cancelled")
     number = submit(slurm, cancelled, TOKENS)

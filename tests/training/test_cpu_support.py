@@ -3,7 +3,10 @@
 import copy
 import importlib
 import inspect
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +29,7 @@ PATCHED = {
     "megatron.core.optimizer": {"Adam", "USING_PYTORCH_OPTIMIZER"},
     "megatron.core.optimizer.distrib_optimizer": {"Adam", "HAVE_APEX_OR_TE", "USING_APEX_OPTIMIZER"},
 }
+ROOT = Path(__file__).resolve().parents[2]
 Changed = dict[tuple[str, str], tuple[Any, Any]]
 
 
@@ -373,3 +377,21 @@ def test_recomputation_draws_the_same_dropout_again(tracker: Any) -> None:
     # and what is drawn after the backward pass goes on where the forward pass left off
     assert not torch.equal(torch.rand(3), after[0])
     assert not torch.equal(draw(tracker, "a"), after[1])
+
+
+def test_a_cpu_rank_loads_no_compiler() -> None:
+    """Three to four seconds of a core, of each rank at each start: Inductor, Dynamo, and wandb before it is asked for."""
+    code = """
+import sys, torch
+from training import cpu
+cpu.install()
+import training.loop
+weight = torch.nn.Parameter(torch.ones(3))
+optimizer = cpu.CpuAdam([weight])
+weight.sum().backward()
+optimizer.step(); optimizer.zero_grad(); optimizer.load_state_dict(optimizer.state_dict())
+print(*(name for name in ("torch._inductor", "torch._dynamo", "wandb") if name in sys.modules))
+print(torch.compile(lambda x: x) is not None)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.splitlines() == ["", "True"]
