@@ -29,9 +29,9 @@ demo: setup
 	$(BIN)/phidias export demo prompt="def main("
 	$(BIN)/phidias report demo
 
-# Two files at a time: most tests use one core, and those of several ranks do not mind.
+# Three files at a time, for two cores: tests on a cluster wait as much as they compute. The longest first (tests/conftest.py).
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # With the cases that take minutes each.
 test-slow: setup

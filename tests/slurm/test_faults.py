@@ -83,7 +83,7 @@ def test_preemption_saves_and_comes_back(slurm, workspace, undisturbed):
     assert losses(low) == undisturbed
 
 
-def test_a_node_that_dies_is_left_behind(slurm, workspace, undisturbed):
+def test_a_node_that_dies_is_left_behind(slow, slurm, workspace, undisturbed):
     moved = workspace.named("moved")
     number = submit(slurm, moved, TOKENS)
     until_step(moved, 20)
