@@ -29,9 +29,9 @@ demo: setup
 	$(BIN)/phidias export demo prompt="def main("
 	$(BIN)/phidias report demo
 
-# Three files at a time, for two cores: tests on a cluster wait as much as they compute. The longest first (tests/conftest.py).
+# Two files at a time, the longest first (tests/conftest.py): a third makes ranks of the others wait for each other.
 test: setup
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # With the cases that take minutes each.
 test-slow: setup

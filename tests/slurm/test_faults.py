@@ -70,7 +70,7 @@ def test_a_fatal_fault_ends_the_job(slurm, workspace):
     assert "NonFiniteError" in status(slurm, diverged)["last_fault"]
 
 
-def test_preemption_saves_and_comes_back(slurm, workspace, undisturbed):
+def test_preemption_saves_and_comes_back(slow, slurm, workspace, undisturbed):
     """Slurm tells the ranks by SIGTERM and the batch script by its own signal; the nodes are another's meanwhile."""
     low = workspace.named("low")
     number = submit(slurm, low, TOKENS, nodes=2, options=["--exclusive", "--nodelist=" + ",".join(slurm.nodes[:2])])
