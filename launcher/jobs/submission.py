@@ -65,11 +65,19 @@ def check_submission(config: RunConfig, *, data_words: Sequence[str] | None) -> 
     data must be there."""
     run = RunDir(Path(config.run.runs_dir) / config.run.name)
     refuse_local(config)
+    refuse_unexportable(config)
     check_fits(config)
     check_key_file(config)
     prepared = ready_data(config, may_be_made=data_words is not None)
     refuse_headless(run, config)
     return Submission(run, config, prepared, tuple(data_words or ()))
+
+
+def refuse_unexportable(config: RunConfig) -> None:
+    if config.run.after and config.model.family is None:
+        found = f"[{', '.join(config.run.after)}] with model.family=null"
+        rule = "only a model with a family has a Hugging Face class"
+        raise ConfigError(Problem("run.after", found, rule, "run.after=[], or a family where the shape allows"))
 
 
 def refuse_local(config: RunConfig) -> None:

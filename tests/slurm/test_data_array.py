@@ -103,7 +103,7 @@ def test_phidias_submits_what_it_prints(slurm, text, monkeypatch, capsys):
     line = capsys.readouterr().out.splitlines()[-1]
     assert main(["data", *words]) == 0
     printed, said = capsys.readouterr().out.splitlines()
-    assert printed == line and shlex.split(line)[:4] == ["sbatch", "--parsable", "--array=0-1", "--cpus-per-task=1"]
+    assert printed == line and shlex.split(line)[3:7] == ["sbatch", "--parsable", "--array=0-1", "--cpus-per-task=1"]
     slurm.wait(re.match(r"job (\d+): ", said)[1], "COMPLETED")
     assert text.made(odd) == text.made("local") and not list(text.root.rglob("pwned"))
 

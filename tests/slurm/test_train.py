@@ -54,7 +54,7 @@ def test_a_refused_config_ends_the_job(slurm, workspace):
 
 def test_a_stage_that_fails_takes_those_after_it_along(slurm, workspace):
     both = workspace.named("both")
-    command = [*both.words(), "cluster=lab", "cluster.partition=low"]
+    command = [*both.words(), "cluster=lab", "cluster.partition=low", "stage.tokens=122880"]  # long enough to be stopped
     runs = f"runs_dir={both.root / 'runs'}"
     lines = phidias(slurm, both, "submit", *command, "dry=true").splitlines()
     assert len(lines) == 2 and "--dependency=afterok:" in lines[1] and not both.run_dir.exists()
