@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from launcher.config.schema import Hang
+from launcher.config.monitoring import Hang
 from launcher.rundir.paths import RunDir
 
 STEPS = 50  # of which the median is taken

@@ -13,8 +13,9 @@ from pydantic.dataclasses import dataclass
 
 from data_prep.spec import STRICT, DataSettings, Float, Int, Mixture, Positive, PositiveInt, TokenizerSpec
 from launcher.config.hardware import Hardware, Name, NonNegative
+from launcher.config.monitoring import Monitor
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 
 Probability = Annotated[Float, Field(ge=0.0, lt=1.0)]
 
@@ -78,12 +79,15 @@ class Validation:
 @dataclass(config=STRICT, frozen=True)
 class CheckpointPolicy:
     """A checkpoint every `interval_tokens` and at the stage's end. The `keep_last` newest stay, the first one past every
-    `keep_every_tokens` (null: none), and stage ends."""
+    `keep_every_tokens` (null: none), the `keep_best` of lowest held-out loss, and stage ends. `asynchronous`: training goes on
+    while it is written."""
 
     _: KW_ONLY
     interval_tokens: Positive
     keep_last: PositiveInt
     keep_every_tokens: Positive | None
+    keep_best: Annotated[Int, Field(ge=0)]
+    asynchronous: bool
 
 
 @dataclass(config=STRICT, frozen=True)
@@ -252,6 +256,7 @@ class Cluster:
     """Where ranks run. `gpu` names a file of model_configs/hardware; null means CPU ranks over gloo, `gpus_per_node` of them,
     of which no time is predicted. `master_port: null` takes a free one.
 
+    `restarts`: how many starts in a row may follow a fault without one more checkpoint, before a person has to look.
     Slurm's own fields are passed to sbatch as they are, `sbatch_options` too (`--qos=high`); `cpu_partition` is where jobs
     without GPUs go. Jobs ask for `spare_nodes` more than they train on. `setup` are shell lines, run before anything else on
     every node of a job (`module load ...`)."""
@@ -264,6 +269,7 @@ class Cluster:
     gpu: Name | None
     master_port: Annotated[Int, Field(ge=1024, lt=65536)] | None
     timeout_s: PositiveInt
+    restarts: Annotated[Int, Field(ge=0)]
     partition: str | None
     cpu_partition: str | None
     account: str | None
@@ -283,44 +289,6 @@ class Cluster:
 
 
 @dataclass(config=STRICT, frozen=True)
-class Wandb:
-    """Weights & Biases. `offline` writes under the run directory without a network; `disabled` does not import it. `key_file`
-    holds the API key, where WANDB_API_KEY is not in the environment; nobody else may read it."""
-
-    _: KW_ONLY
-    mode: Literal["online", "offline", "disabled"]
-    key_file: str | None
-    project: str
-    entity: str | None
-    group: str | None
-
-
-@dataclass(config=STRICT, frozen=True)
-class Hang:
-    """When ranks count as hung, and are ended: no step for `factor` times the median one and at least `least_s`; no first step
-    `start_s` after their start; a validation or checkpoint that lasts longer than `pause_s`."""
-
-    _: KW_ONLY
-    factor: Annotated[Float, Field(gt=1.0, allow_inf_nan=False)]
-    least_s: Positive
-    start_s: Positive
-    pause_s: Positive
-
-
-@dataclass(config=STRICT, frozen=True)
-class Monitor:
-    """What is shown, logged and watched: a metrics row every `log_interval` steps; `console` is the live view of
-    `phidias train`."""
-
-    _: KW_ONLY
-    log_interval: PositiveInt
-    console: Literal["auto", "rich", "plain"]
-    tensorboard: bool
-    hang: Hang
-    wandb: Wandb
-
-
-@dataclass(config=STRICT, frozen=True)
 class StageConfig:
     """One stage of the run, with everything that may differ between stages."""
 
@@ -337,7 +305,7 @@ class RunConfig:
     """The whole frozen config, as `config.yaml` of the run directory holds it. `hardware` is what `cluster.gpu` names."""
 
     _: KW_ONLY
-    schema_version: Literal[5]
+    schema_version: Literal[6]
     run: RunSettings
     model: ModelConfig
     tokenizer: TokenizerSpec

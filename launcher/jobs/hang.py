@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.config.schema import Hang
+from launcher.config.monitoring import Hang
 from launcher.rundir.paths import RunDir
 
 # The ranks leave their stacks at the limit; until then the launcher waits a little longer.

@@ -141,7 +141,7 @@ def stage_settings(seq_length: int, *, batch: int) -> dict[str, Any]:
         tokens=float(seq_length * batch), rotary_base=10000, init_from=None, replay_from_tokens=None,
         reset_attention_mask=False, reset_position_ids=False, eod_mask_loss=False,
         validation=dict(interval_tokens=1e9, max_tokens=seq_length),
-        checkpoint=dict(interval_tokens=1e9, keep_last=1, keep_every_tokens=None),
+        checkpoint=dict(interval_tokens=1e9, keep_last=1, keep_every_tokens=None, keep_best=0, asynchronous=True),
     )  # fmt: skip
 
 
@@ -153,7 +153,7 @@ def cluster_of(gpu: str, *, world: int) -> dict[str, Any]:
     )
     return dict(
         name="measured", kind="slurm", num_nodes=world // per_node, gpus_per_node=per_node, gpu=gpu,
-        master_port=None, timeout_s=600, partition=None, cpu_partition=None, account=None, time_limit=None,
+        master_port=None, timeout_s=600, restarts=0, partition=None, cpu_partition=None, account=None, time_limit=None,
         sbatch_options=(), spare_nodes=0, checks=None, container=None, setup=(), env={},
         network=network, operations=None,
     )  # fmt: skip

@@ -33,6 +33,7 @@ UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     2: lambda tree: add_preparing(tree),
     3: lambda tree: add_planning(tree),
     4: lambda tree: add_launching(tree),
+    5: lambda tree: add_health(tree),
 }
 STAGE_TOKENS = re.compile(r"stages\.[^.]+\.stage\.tokens$")
 HEADER = "# Frozen by phidias {version}. Ranks read this file; change it by overrides to `phidias train`, not by hand.\n"
@@ -237,6 +238,35 @@ def add_launching(tree: dict[str, Any]) -> dict[str, Any]:
         "run": {**tree["run"], "after": []},
         "cluster": {**tree["cluster"], **launching},
         "monitor": {"hang": hang, **tree["monitor"], "wandb": wandb},
+        "stages": stages,
+    }
+
+
+def add_health(tree: dict[str, Any]) -> dict[str, Any]:
+    """Schema 5 to 6: what is watched, and what is done about it, before it could be said: NaN ended the run."""
+    spike: dict[str, Any] = {"z": 10.0, "patience_steps": 1, "action": "note", "budget": 1000}
+    health = {
+        "window_steps": 128,
+        "skip_before_steps": 0,
+        "non_finite": {"action": "stop", "budget": 0},
+        "loss_spike": spike,
+        "grad_norm": spike,
+        "straggler": {"factor": 1.5, "rows": 3, "action": "note", "budget": 1000},
+        "corruption": {"interval_steps": None, "tolerance": 1e-3, "action": "restart", "budget": 2},
+        "data_stall": {"limit_s": 60.0, "action": "note", "budget": 1000},
+        "checkpoint": {"action": "restart", "budget": 3},
+        "disk_low": {"free_gib": 0.0, "action": "note", "budget": 1000},
+        "device_error": {"interval_s": 60.0, "action": "note", "budget": 1000},
+    }
+    stages = [
+        {**row, "stage": {**row["stage"], "checkpoint": {"keep_best": 0, "asynchronous": True, **row["stage"]["checkpoint"]}}}
+        for row in tree["stages"]
+    ]
+    restarts = 2 if tree["cluster"]["kind"] == "slurm" else 0
+    return {
+        **tree,
+        "cluster": {"restarts": restarts, **tree["cluster"]},
+        "monitor": {"health": health, **tree["monitor"]},
         "stages": stages,
     }
 

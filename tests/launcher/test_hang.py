@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from launcher.config.schema import Hang
+from launcher.config.monitoring import Hang
 from launcher.jobs import hang as module
 from launcher.jobs.hang import GRACE_S, HangWatch
 from launcher.rundir.paths import RunDir

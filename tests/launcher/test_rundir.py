@@ -51,7 +51,7 @@ def test_a_new_run_freezes_config_plan_and_code(demo):
     assert read_json(run.code) == code_version()
     assert read_json(run.code)["packages"].keys() >= {"megatron-core", "torch"}
     assert kinds(run) == ["created"]
-    assert yaml.safe_load(run.config.read_text())["schema_version"] == 5
+    assert yaml.safe_load(run.config.read_text())["schema_version"] == 6
 
 
 def test_the_same_config_again_changes_nothing(demo):
@@ -176,8 +176,8 @@ def test_no_run_a_newer_one_and_an_edited_one(demo, tmp_path):
         read_config(RunDir(tmp_path / "nothing"))
     run = opened(demo())
     text = run.config.read_text()
-    run.config.write_text(text.replace("schema_version: 5", "schema_version: 99"))
-    with pytest.raises(RunStateError, match="schema_version 99; this code reads up to 5"):
+    run.config.write_text(text.replace("schema_version: 6", "schema_version: 99"))
+    with pytest.raises(RunStateError, match="schema_version 99; this code reads up to 6"):
         read_config(run)
     with pytest.raises(RunStateError, match="schema_version 99"):
         opened(demo())
@@ -232,16 +232,19 @@ def test_a_config_of_schema_3_says_what_it_said(words):
 
 
 def test_a_config_of_schema_4_says_what_it_said():
-    """What launching asks of a cluster came with schema 5."""
+    """What launching asks of a cluster came with schema 5, what is watched with schema 6: until then NaN ended a run."""
     config = compose_run(["run=demo"])
     tree = dump_run(config)
     tree["schema_version"], tree["cluster"]["container"] = 4, "image.sqsh"  # which nothing read
-    del tree["run"]["after"], tree["monitor"]["wandb"]["key_file"], tree["monitor"]["hang"]
+    del tree["run"]["after"], tree["monitor"]["wandb"]["key_file"], tree["monitor"]["hang"], tree["monitor"]["health"]
     for stage in tree["stages"]:
-        del stage["stage"]["checkpoint"]["keep_every_tokens"]
-    for name in ("cpu_partition", "sbatch_options", "spare_nodes", "checks"):
+        for name in ("keep_every_tokens", "keep_best", "asynchronous"):
+            del stage["stage"]["checkpoint"][name]
+    for name in ("cpu_partition", "sbatch_options", "spare_nodes", "checks", "restarts"):
         del tree["cluster"][name]
-    assert validate_run(freeze.upgrade(tree)) == config
+    upgraded = validate_run(freeze.upgrade(tree))
+    assert upgraded.monitor.health.non_finite.action == "stop" and upgraded.monitor.health.loss_spike.action == "note"
+    assert replace(upgraded, monitor=replace(upgraded.monitor, health=config.monitor.health)) == config
 
 
 def test_new_code_on_an_old_run_is_recorded(demo, monkeypatch):

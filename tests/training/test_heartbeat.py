@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from launcher.config.schema import Hang
+from launcher.config.monitoring import Hang
 from launcher.rundir.paths import RunDir
 from training import heartbeat as module
 from training.heartbeat import WIDTH, Heartbeat

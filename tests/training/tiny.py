@@ -31,7 +31,17 @@ STAGE = dict(
     name="pretrain", seq_length=32, global_batch_size=8, tokens=256 * 6.0, rotary_base=10000, init_from=None,
     rampup_batch_size=None, replay_from_tokens=None, reset_attention_mask=False, reset_position_ids=False, eod_mask_loss=False,
     validation=dict(interval_tokens=1e9, max_tokens=256),
-    checkpoint=dict(interval_tokens=1e9, keep_last=2, keep_every_tokens=None),
+    checkpoint=dict(interval_tokens=1e9, keep_last=2, keep_every_tokens=None, keep_best=0, asynchronous=True),
+)  # fmt: skip
+HEALTH = dict(
+    window_steps=16, skip_before_steps=0,
+    non_finite=dict(action="skip", budget=2),
+    loss_spike=dict(z=1e6, patience_steps=1, action="note", budget=9),
+    grad_norm=dict(z=1e6, patience_steps=1, action="note", budget=9),
+    straggler=dict(factor=100.0, rows=3, action="note", budget=9),
+    corruption=dict(interval_steps=None, tolerance=0.0, action="restart", budget=1),
+    data_stall=dict(limit_s=60.0, action="note", budget=9), checkpoint=dict(action="restart", budget=1),
+    disk_low=dict(free_gib=0.0, action="note", budget=9), device_error=dict(interval_s=60.0, action="note", budget=9),
 )  # fmt: skip
 SHARES = {"a": 0.5, "b": 0.3, "c": 0.2}
 
@@ -50,7 +60,7 @@ def run_config(root: Path, *, ranks: int = 1, stages: list[dict[str, Any]] | Non
     """A frozen config under `root` with one CPU rank per `ranks`."""
     stages = stages or [stage_config()]
     config = dict(
-        schema_version=5,
+        schema_version=6,
         run=dict(
             name="tiny", seed=7, runs_dir=str(root / "runs"), data_dir=str(root / "data"),
             stages=[stage["stage"]["name"] for stage in stages], after=[],
@@ -58,13 +68,13 @@ def run_config(root: Path, *, ranks: int = 1, stages: list[dict[str, Any]] | Non
         model=MODEL,
         tokenizer=dict(kind="huggingface", ranks_file=None, file=str(root / "tokenizer.json"), eod="<|endoftext|>"),
         cluster=dict(
-            name="local", kind="local", num_nodes=1, gpus_per_node=ranks, gpu=None, master_port=None, timeout_s=120,
+            name="local", kind="local", num_nodes=1, gpus_per_node=ranks, gpu=None, master_port=None, timeout_s=120, restarts=0,
             partition=None, cpu_partition=None, account=None, time_limit=None, sbatch_options=[], spare_nodes=0, checks=None,
             container=None, setup=[], env={}, network=None, operations=None,
         ),
         hardware=None,
         monitor=dict(log_interval=1, console="plain", tensorboard=False,
-                     hang=dict(factor=20.0, least_s=120.0, start_s=600.0, pause_s=600.0),
+                     hang=dict(factor=20.0, least_s=120.0, start_s=600.0, pause_s=600.0), health=HEALTH,
                      wandb=dict(mode="disabled", key_file=None, project="phidias", entity=None, group=None)),
         data=dict(
             held_out_fraction=0.1, shard_tokens=4000, chunk_tokens=256, group_tokens=2048, num_workers=1, max_rejected_rows=0,
