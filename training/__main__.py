@@ -30,26 +30,30 @@ def main() -> ExitClass:
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--stage", required=True)
+    parser.add_argument("--convert", action="store_true", help="rewrites its newest checkpoint for any layout, trains nothing")
     arguments = parser.parse_args()
     run = RunDir(arguments.run_dir)
     try:
-        return train(run, stage_name=arguments.stage)
+        return train(run, stage_name=arguments.stage, converts=arguments.convert)
     except BaseException as error:  # some of torch's are no Exception
         report_fault(run, arguments.stage, error)
         return exit_class(error)
 
 
-def train(run: RunDir, *, stage_name: str) -> ExitClass:
+def train(run: RunDir, *, stage_name: str, converts: bool) -> ExitClass:
     # What the libraries say of themselves, on every rank, hides what a run says.
     warnings.filterwarnings("ignore", module=r"(megatron|torch|training\.cpu)")
     if not torch.cuda.is_available():
         from training import cpu
 
         cpu.install()
+    from training.convert import convert_stage
     from training.heartbeat import Heartbeat
     from training.loop import train_stage
     from training.parallel import initialize_parallel, join_world, leave_world
+    from training.startup import Phases, compute_alike
 
+    phases = Phases()
     config = read_config(run)
     if config.cluster.gpu and not torch.cuda.is_available():
         # The config was checked on another node, and this one's GPUs before the ranks started.
@@ -57,11 +61,19 @@ def train(run: RunDir, *, stage_name: str) -> ExitClass:
             f"cluster.gpu: found {config.cluster.gpu} and no CUDA device; the run would train on the CPU. "
             "Fix: see nvidia-smi on this node, or cluster=local"
         )
+    if config.stage(stage_name).stage.deterministic:
+        compute_alike()
     heartbeat = Heartbeat(run, stage=stage_name, rank=int(os.environ["RANK"]), hang=config.monitor.hang)
+    phases.mark("imports_s")
     device = join_world(timeout_s=config.cluster.timeout_s)
-    layout, timeout_s = config.stage(stage_name).layout, config.cluster.timeout_s
-    rank = initialize_parallel(layout, seed=config.run.seed, device=device, timeout_s=timeout_s)
-    ended = train_stage(run, config, stage_name=stage_name, rank=rank, heartbeat=heartbeat)
+    phases.mark("world_s")
+    if converts:
+        ended = convert_stage(run, config, stage_name=stage_name, device=device)
+    else:
+        layout, timeout_s = config.stage(stage_name).layout, config.cluster.timeout_s
+        rank = initialize_parallel(layout, seed=config.run.seed, device=device, timeout_s=timeout_s)
+        phases.mark("groups_s")
+        ended = train_stage(run, config, stage_name=stage_name, rank=rank, heartbeat=heartbeat, phases=phases)
     leave_world()
     heartbeat.close()
     return ended
@@ -73,7 +85,8 @@ def report_fault(run: RunDir, stage: str, error: BaseException) -> None:
     rank = int(os.environ.get("RANK", "0"))
     message = f"{type(error).__name__}: {error}"
     with contextlib.suppress(OSError):  # the disk may be full; the trace is in the log
-        row = {"rank": rank, "node": os.environ.get("SLURMD_NODENAME"), "exit": exit_class(error).name, "error": message}
+        node = getattr(error, "node", None) or os.environ.get("SLURMD_NODENAME")
+        row = {"rank": rank, "node": node, "exit": exit_class(error).name, "error": message}
         append_record(run.events, "fault", stage=stage, **row)
 
 

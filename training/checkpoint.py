@@ -1,12 +1,12 @@
-"""Writing and reading checkpoints: Megatron's torch_dist format, written aside, renamed, then named in the index.
+"""The state of a stage on its ranks, saved to and loaded from checkpoints.
 
-Model and optimizer are saved `fully_reshardable`: any tensor, pipeline, context or data parallel size can load them. A failure
-while writing leaves the earlier checkpoints and the index as they were.
+`dp_reshardable` is the form of every interval: each rank writes its part of the optimizer as it holds it, and only the
+data-parallel size may differ when it is loaded. `fully_reshardable` is the form of a stage's end: gathered in host memory
+first, loadable in any layout.
 """
 
-import shutil
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,40 +15,23 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.serialization import (
-    get_default_load_sharded_strategy,
-    get_default_save_sharded_strategy,
-)
-from megatron.core.dist_checkpointing.strategies.fully_parallel import (
-    FullyParallelLoadStrategyWrapper,
-    FullyParallelSaveStrategyWrapper,
-)
+from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from launcher.config.schema import CheckpointPolicy, Layout, Optim
-from launcher.rundir.checkpoints import (
-    CheckpointError,
-    DiskFullError,
-    Meta,
-    Saved,
-    UnwrittenError,
-    damages,
-    file_digest,
-    prune,
-)
+from launcher.rundir.checkpoints import DP_RESHARDABLE, FULLY_RESHARDABLE, CheckpointError, Meta, Saved, damages
 from launcher.rundir.paths import RunDir
-from launcher.rundir.records import append_record, replace_folder, write_json
-from training.errors import is_disk_full
-from training.processes import own_results_queue
+from training.saving import Writer
 
 
-def content_metadata() -> dict[str, Any]:
+def content_metadata(sharding: str) -> dict[str, Any]:
     """How tensors are laid out in the files. A new one each time: Megatron adds this process's groups to it."""
     return {
-        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_sharding_type": sharding,
         "distrib_optim_fully_reshardable_mem_efficient": False,
         "chained_optim_avoid_prefix": True,
         "singleton_local_shards": False,
@@ -67,31 +50,32 @@ class Checkpointer:
         chunks: Sequence[DistributedDataParallel],
         optimizer: MegatronOptimizer,
     ):
-        self.run, self.stage, self.layout = run, stage, layout
-        self.chunks, self.optimizer = list(chunks), optimizer
-        self.directory = run.checkpoints(stage)
-        own_results_queue()
+        self.layout, self.chunks, self.optimizer = layout, list(chunks), optimizer
+        self.writer = Writer(run, stage=stage)
 
-    def save(self, meta: Meta, *, policy: CheckpointPolicy) -> Path:
-        """Writes and publishes a checkpoint, then removes those that the policy does not keep.
+    def save(self, meta: Meta, *, policy: CheckpointPolicy, any_layout: bool = True, wait: bool = True) -> None:
+        """Begins a checkpoint, after the one before it; `wait`: until it is published, and those that the policy does not keep
+        are removed.
 
-        Raises CheckpointError where it cannot be written; what was there before stays valid."""
-        began, final = time.monotonic(), self.directory / f"step_{meta.step:08d}"
-        partial = final.with_name(final.name + ".partial")
-        if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        try:
-            self._write(partial)
-            digests = self._digests(partial)
-        except (Exception, CheckpointException) as error:  # the latter, torch's, is no Exception
-            raise self._unwritten(final, error) from error
-        if dist.get_rank() == 0:
-            meta = replace(meta, digests=digests)
-            self._publish(partial, final, meta, seconds=time.monotonic() - began, policy=policy)
-        dist.barrier()
-        return final
+        Raises CheckpointError where one of them cannot be written; what was there before stays valid."""
+        self.writer.finish()
+        # Without the distributed optimizer there is one form.
+        sharding = FULLY_RESHARDABLE if any_layout or not self.layout.distributed_optimizer else DP_RESHARDABLE
+        with self.settled_parameters():
+            state = self._state(sharding, loading=False) | {"rng": self._rng_state()}
+            self.writer.begin(state, replace(meta, sharding=sharding), content=content_metadata(sharding), policy=policy)
+        if wait:
+            self.writer.finish()
+
+    @contextmanager
+    def settled_parameters(self) -> Iterator[None]:
+        """With overlapped gathering a rank may still hold old values of parameters it does not own."""
+        overlapped = [chunk for chunk in self.chunks if chunk.ddp_config.overlap_param_gather]
+        for chunk in overlapped:
+            chunk.disable_forward_pre_hook(param_sync=True)
+        yield
+        for chunk in overlapped:
+            chunk.enable_forward_pre_hook()
 
     def damages(self, saved: Saved) -> list[str]:
         """What is wrong with the contents of a checkpoint, on every rank; each reads a part of the files. Before torch
@@ -102,16 +86,19 @@ class Checkpointer:
         return [line for part in parts for line in part]
 
     def load(self, saved: Saved, optim: Optim) -> None:
-        """Restores weights, optimizer and, in the layout it was saved in, the random number generators."""
-        same_layout = saved.meta.layout == layout_key(self.layout)
-        state = self._state(loading=True)
-        if same_layout:
-            state["rng"] = self._rng_state()
-        loaded = self._read(state, saved.path)
-        self._load_weights(loaded)
-        self.optimizer.load_state_dict(loaded["optimizer"])
+        """Restores weights, optimizer and, where there are as many tensor- and pipeline-parallel ranks, the random number
+        generators. Into a model that has trained too."""
+        same_ranks = all(saved.meta.layout[name] == getattr(self.layout, name) for name in ("tp", "pp"))
+        with self.settled_parameters():
+            state = self._state(saved.meta.sharding, loading=True)
+            if same_ranks:
+                state["rng"] = self._rng_state()
+            loaded = self._read(state, saved.path)
+            self._load_weights(loaded)
+            with torch.no_grad():  # megatron-core's own for one form writes into leaves
+                self.optimizer.load_state_dict(loaded["optimizer"])
         restore_settings(self.optimizer, optim)
-        if same_layout:
+        if same_ranks:
             set_rng(loaded["rng"][0])
 
     def load_weights(self, saved: Saved) -> None:
@@ -134,55 +121,18 @@ class Checkpointer:
         for name, chunk in self._named_chunks():
             chunk.load_state_dict(loaded[name], strict=True)
 
-    def _write(self, path: Path) -> None:
-        # With overlapped gathering a rank may still hold old values of parameters it does not own.
-        overlapped = [chunk for chunk in self.chunks if chunk.ddp_config.overlap_param_gather]
-        for chunk in overlapped:
-            chunk.disable_forward_pre_hook(param_sync=True)
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy("torch_dist"), group)
-        state = self._state(loading=False) | {"rng": self._rng_state()}
-        dist_checkpointing.save(state, str(path), strategy, content_metadata=content_metadata())
-        for chunk in overlapped:
-            chunk.enable_forward_pre_hook()
-
-    def _digests(self, partial: Path) -> dict[str, str]:
-        """Of all files, on every rank. A rank reads what it wrote itself, the first one what belongs to all: a shared file
-        system may not show it the others' yet."""
-        rank, size = dist.get_rank(), dist.get_world_size()
-        own = [
-            path for path in partial.iterdir() if path.name.startswith(f"__{rank}_") or (rank == 0 and path.name[:2] != "__")
-        ]
-        parts: list[dict[str, str]] = [{} for _ in range(size)]
-        dist.all_gather_object(parts, {path.name: file_digest(path) for path in own})
-        return {name: digest for part in parts for name, digest in part.items()}
-
-    def _publish(self, partial: Path, final: Path, meta: Meta, *, seconds: float, policy: CheckpointPolicy) -> None:
-        files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-        write_json(partial / "meta.json", vars(meta) | {"files": files})
-        replace_folder(partial, final)  # a step that a run came to again after it was rewound
-        row = {name: getattr(meta, name) for name in ("stage", "step", "samples", "tokens", "finished")} | {"path": final.name}
-        append_record(self.directory / "index.jsonl", "checkpoint", **row, meta=file_digest(final / "meta.json"))
-        append_record(self.run.events, "checkpoint", **row, seconds=round(seconds, 3), bytes=sum(files.values()))
-        prune(self.directory, keep_last=policy.keep_last, keep_every_tokens=policy.keep_every_tokens)
-
-    def _unwritten(self, final: Path, error: BaseException) -> CheckpointError:
-        shutil.rmtree(final.with_name(final.name + ".partial"), ignore_errors=True)
-        kept = f"{final} could not be written; earlier checkpoints are untouched and the run resumes from the newest"
-        if is_disk_full(error):
-            return DiskFullError(f"the disk is full: {kept}. Fix: free space there, or lower stage.checkpoint.keep_last")
-        return UnwrittenError(f"{type(error).__name__}: {kept}. Fix: see the trace in the log of this stage")
-
     def _named_chunks(self) -> list[tuple[str, torch.nn.Module]]:
         chunks = unwrap_model(self.chunks)
         return [("model" if len(chunks) == 1 else f"model{index}", chunk) for index, chunk in enumerate(chunks)]
 
     def _model_state(self) -> dict[str, Any]:
-        return {name: chunk.sharded_state_dict(metadata=content_metadata()) for name, chunk in self._named_chunks()}
+        metadata = content_metadata(FULLY_RESHARDABLE)  # weights have one form
+        return {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in self._named_chunks()}
 
-    def _state(self, *, loading: bool) -> dict[str, Any]:
+    def _state(self, sharding: str, *, loading: bool) -> dict[str, Any]:
         state = self._model_state()
-        optimizer = self.optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=content_metadata())
+        metadata = content_metadata(sharding)
+        optimizer = self.optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=metadata)
         return state | {"optimizer": optimizer}
 
     def _rng_state(self) -> ShardedObject:
@@ -192,7 +142,7 @@ class Checkpointer:
 
 
 def layout_key(layout: Layout) -> dict[str, int]:
-    """The sizes that random number generators are saved by."""
+    """The sizes a checkpoint was saved with, for a person to read and for random number generators."""
     return {"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, "cp": layout.cp}
 
 

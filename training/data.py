@@ -55,7 +55,8 @@ class StageData:
 
     `ledger` is what earlier stages consumed; a source they read goes on where they stopped. `consumed` is what the run has
     consumed by now, on a resume. `phases` and `shards` are what the run directory recorded of the mixture and of the files;
-    without them, the phases of the config and the files as they are. DataError where a source was prepared anew, or a shard
+    without them, the phases of the config and the files as they are. `left_out` are samples [first, end) that no step is taken
+    on: they count as consumed. DataError where a source was prepared anew, or a shard
     replaced, since: its windows would be other text."""
 
     def __init__(
@@ -67,7 +68,9 @@ class StageData:
         consumed: Ledger | None = None,
         phases: Sequence[PhaseRow] | None = None,
         shards: Mapping[str, Mapping[str, FileState]] | None = None,
+        left_out: Sequence[tuple[int, int]] = (),
     ):
+        self.left_out = list(left_out)
         self.config, self.stage, self.seq_length = config, stage, stage.stage.seq_length
         self.names = names_of(phases or (), first=stage.mixture.sources)
         self.streams = [open_source(config, name) for name in self.names]
@@ -121,6 +124,23 @@ class StageData:
             num_windows = table.num_windows if table else None
             here[stream.name] = Consumed(position, self.seq_length, stream.digest, order.windows, num_windows)
         return {**self.start_ledger, **here}
+
+    def leave_out(self, first: int, end: int) -> None:
+        """From now on; `past` and what is read ahead know of it."""
+        self.left_out.append((first, end))
+
+    def past(self, sample: int) -> int:
+        """Where the batch begins that comes at `sample`: there, or behind what is left out there."""
+        ends = [end for first, end in self.left_out if first <= sample < end]
+        return self.past(max(ends)) if ends else sample
+
+    def left_out_before(self, samples: int) -> int:
+        """How many of the first `samples` no step was taken on."""
+        found, reached = 0, 0
+        for first, end in sorted(self.left_out):
+            first, end = max(first, reached), min(end, samples)
+            found, reached = found + max(0, end - first), max(reached, end)
+        return found
 
     def shares_at(self, samples: int) -> dict[str, float]:
         """The share of each source in the phase that the sample before lies in."""
@@ -241,7 +261,7 @@ class TrainingFeed:
         self.ahead.close()
 
     def _following(self, sample: int) -> int | None:
-        after = sample + self.plan.batch_size_at(sample)
+        after = self.data.past(sample + self.plan.batch_size_at(sample))
         return after if after < self.plan.num_samples else None
 
     def _slice(self, first_sample: int) -> tuple[int, int]:

@@ -16,16 +16,32 @@ class PrecisionError(Exception):
 
 
 class NodeError(Exception):
-    """What this node of a job lacks, and others have."""
+    """What a node of a job lacks, and others have. `node`: where it is not this rank's own."""
+
+    def __init__(self, message: str, *, node: str | None = None):
+        super().__init__(message)
+        self.node = node
 
 
-class NonFiniteError(Exception):
+class UnhealthyError(Exception):
+    """What monitor.health leaves to a person."""
+
+
+class NonFiniteError(UnhealthyError):
     """NaN or Inf in loss or gradients."""
+
+
+class CorruptionError(Exception):
+    """Hardware that computed wrong, and it is not known whose."""
+
+
+class NothingBeforeError(Exception):
+    """A rewind to before the first checkpoint: the ranks start again."""
 
 
 def exit_class(error: BaseException) -> ExitClass:
     """The exit class of a fault. A full disk and a diverged loss wait for a person; what is unknown may be tried again."""
-    if isinstance(error, (NonFiniteError, DiskFullError)) or is_disk_full(error):
+    if isinstance(error, (UnhealthyError, DiskFullError)) or is_disk_full(error):
         return ExitClass.NEEDS_PERSON
     if isinstance(error, NodeError):
         return ExitClass.BAD_NODE

@@ -3,12 +3,10 @@
 import gc
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
-
-import torch.distributed as dist
+from typing import Any
 
 from launcher.config.reading import replay_sample
 from launcher.config.schema import RunConfig, StageConfig
@@ -18,25 +16,28 @@ from launcher.rundir.checkpoints import (
     CheckpointError,
     Meta,
     Saved,
-    newest_checkpoint,
-    set_torn_aside,
-    stage_end,
+    set_later_aside,
 )
 from launcher.rundir.exits import ExitClass
-from launcher.rundir.order import recorded_shards, recorded_tables
+from launcher.rundir.order import recorded_shards, recorded_skips, recorded_tables
 from launcher.rundir.paths import RunDir
-from training.checkpoint import Checkpointer, layout_key
+from launcher.rundir.reshard import reshard_key
+from launcher.rundir.stop import wants_any_layout
+from training.checkpoint import Checkpointer, get_rng, layout_key, set_rng
 from training.data import HeldOutFeed, StageData, TrainingFeed, ledger_from_json, ledger_to_json
-from training.errors import NonFiniteError
+from training.errors import NothingBeforeError
+from training.guard import Guard
+from training.health import Finding, StepHealth
 from training.heartbeat import Heartbeat
 from training.metrics import Metrics, StepTimes
 from training.model import build_model
 from training.optimizer import build_optimizer, build_schedule, set_schedule
 from training.parallel import Rank
-from training.step import Stepper, Sums, mixture_loss
+from training.resuming import find_parent, find_sound, on_rank_0
+from training.startup import Phases
+from training.step import Flags, Result, Stepper, Sums, mixture_loss
 
 COLLECTION_INTERVAL = 100  # steps
-Found = TypeVar("Found")
 LedgerRows = dict[str, dict[str, Any]]
 
 
@@ -50,26 +51,31 @@ class Progress:
     last_batch: int = 0
 
 
-def train_stage(run: RunDir, config: RunConfig, *, stage_name: str, rank: Rank, heartbeat: Heartbeat) -> ExitClass:
+def train_stage(
+    run: RunDir, config: RunConfig, *, stage_name: str, rank: Rank, heartbeat: Heartbeat, phases: Phases
+) -> ExitClass:
     """Trains a stage from its newest checkpoint (or the stage it starts from) to its end, or until asked to stop."""
     stage = config.stage(stage_name)
     plan = plan_stage(stage, cluster=config.cluster)
-    trainer = Trainer(run, config, stage=stage, plan=plan, rank=rank, heartbeat=heartbeat)
+    trainer = Trainer(run, config, stage=stage, plan=plan, rank=rank, heartbeat=heartbeat, phases=phases)
     with stop_signals() as asked, quiet_garbage_collector():
         trainer.restore()
         while not trainer.is_finished:
-            stop = trainer.train_step(stop=bool(asked) or trainer.sees_stop_flag())
-            if stop and not trainer.is_finished:
-                trainer.save()
+            flags = trainer.train_step(trainer.own_flags(asked))
+            if flags.stop and not trainer.is_finished:
+                trainer.save(any_layout=flags.any_layout, is_last=True)
                 return trainer.finish("stop", ExitClass.INTERRUPTED)
             if trainer.due(plan.validation_samples):
                 trainer.validate()
             if trainer.due(plan.checkpoint_samples):
                 trainer.save()
+            if trainer.guard.leaving:
+                trainer.save(is_last=True)
+                raise trainer.guard.leaving
             if trainer.progress.step % COLLECTION_INTERVAL == 0:
                 gc.collect(1)
         trainer.validate()
-        trainer.save()
+        trainer.save(any_layout=True, is_last=True)
     return trainer.finish("stage_done", ExitClass.DONE)
 
 
@@ -77,17 +83,30 @@ class Trainer:
     """Everything one rank holds of a stage: model, optimizer, data, and where the stage stands."""
 
     def __init__(
-        self, run: RunDir, config: RunConfig, *, stage: StageConfig, plan: StagePlan, rank: Rank, heartbeat: Heartbeat
+        self,
+        run: RunDir,
+        config: RunConfig,
+        *,
+        stage: StageConfig,
+        plan: StagePlan,
+        rank: Rank,
+        heartbeat: Heartbeat,
+        phases: Phases,
     ):
         self.run, self.config, self.stage, self.plan, self.rank = run, config, stage, plan, rank
-        self.progress, self.times, self.heartbeat = Progress(), StepTimes(), heartbeat
+        self.progress, self.times, self.heartbeat, self.phases = Progress(), StepTimes(), heartbeat, phases
         self.metrics = Metrics(run, config, stage=stage.stage.name, plan=plan, is_writer=rank.rank == 0)
         self.metrics.status("starting")
         chunks = build_model(stage, model=config.model, seed=config.run.seed, hardware=config.hardware)
+        phases.mark("model_s")
         optimizer = build_optimizer(stage, chunks=chunks)
         self.schedule = build_schedule(stage, plan=plan, optimizer=optimizer)
         self.stepper = Stepper(stage, chunks=chunks, optimizer=optimizer, rank=rank)
         self.checkpointer = Checkpointer(run, stage=stage.stage.name, layout=stage.layout, chunks=chunks, optimizer=optimizer)
+        self.guard = Guard(run, config, stage=stage.stage.name, rank=rank, chunks=chunks, metrics=self.metrics)
+        self.data: StageData | None = None
+        self.validated: tuple[int, float] | None = None  # a step, and the held-out loss at it
+        phases.mark("optimizer_s")
 
     @property
     def is_finished(self) -> bool:
@@ -96,68 +115,35 @@ class Trainer:
     def restore(self) -> None:
         """Goes on from the newest valid checkpoint of the stage, else from the end of the stage it starts from."""
         init_from = self.stage.stage.init_from
-        saved = self.find_sound()
+        saved = find_sound(self.run, self.stage.stage.name, checkpointer=self.checkpointer, metrics=self.metrics)
         if saved:
             self.open_data(start=saved.meta.start_ledger, consumed=saved.meta.ledger)
-            self.checkpointer.load(saved, self.stage.optim)
-            self.progress = Progress(saved.meta.samples, saved.meta.step, dict(saved.meta.tokens_by_source))
-            self.metrics.event("resume", step=saved.meta.step, path=saved.path.name)
+            self.load(saved)
+        elif self.progress.step:
+            raise NothingBeforeError("there is no checkpoint to rewind to; the ranks start again from where the stage starts")
         elif init_from:
-            parent = on_rank_0(lambda: self.find_parent(init_from), rank=self.rank)
-            if found := self.checkpointer.damages(parent):
-                raise CheckpointError(f"{'; '.join(found[:3])}. Fix: restore it, or train stage {init_from} again")
+            parent = find_parent(self.run, self.config, stage=self.stage, checkpointer=self.checkpointer)
             self.open_data(start=self.recalled(parent))
             self.checkpointer.load_weights(parent)
             self.metrics.event("stage_start", init_from=init_from, path=parent.path.name)
         else:
             self.open_data(start={})
             self.metrics.event("stage_start", init_from=None)
-        skipped = {name: tokens for name, tokens in self.data.skipped_tokens.items() if tokens}
+        self.progress.samples = self.opened.past(self.progress.samples)
+        skipped = {name: tokens for name, tokens in self.opened.skipped_tokens.items() if tokens}
         if skipped and saved is None:
             self.metrics.event("ledger_skip", tokens_by_source=skipped)
         self.metrics.at(self.progress.step, samples=self.progress.samples)
         self.metrics.status("running")
+        self.phases.mark("load_s")
 
-    def find_sound(self) -> Saved | None:
-        """The newest checkpoint of the stage whose files are what was written, read by all ranks together."""
-        damaged: dict[str, str] = {}
-        while True:
-            saved = on_rank_0(lambda: self.find_checkpoint(damaged), rank=self.rank)
-            found = self.checkpointer.damages(saved) if saved else []
-            if saved is None:
-                return None
-            if not found:
-                on_rank_0(lambda: self.set_aside(damaged), rank=self.rank)
-                return saved
-            damaged[saved.path.name] = "; ".join(found[:3])
-
-    def find_checkpoint(self, damaged: Mapping[str, str]) -> Saved | None:
-        """The checkpoint to go on from, by its meta.json and sizes. CheckpointError where there are some and none is valid: a
-        run must not begin anew for that."""
-        saved, torn = newest_checkpoint(self.run, self.stage.stage.name, passing=damaged)
-        refused = [*damaged.values(), *torn]
-        if saved is None and refused:
-            raise CheckpointError("no checkpoint of this stage is valid: " + "; ".join(refused))
-        return saved
-
-    def set_aside(self, damaged: Mapping[str, str]) -> None:
-        """What was passed over for a sound checkpoint; events say why."""
-        _, torn = newest_checkpoint(self.run, self.stage.stage.name, passing=damaged)
-        for reason in [*damaged.values(), *torn]:
-            self.metrics.event("checkpoint_refused", reason=reason)
-        if damaged or torn:
-            set_torn_aside(self.run, self.stage.stage.name, damaged=damaged)
-
-    def find_parent(self, name: str) -> Saved:
-        """The end of the stage this one starts from, at the horizon that stage has now."""
-        num_samples = plan_stage(self.config.stage(name), cluster=self.config.cluster).num_samples
-        saved = stage_end(self.run, name, num_samples=num_samples)
-        if saved is None:
-            raise CheckpointError(
-                f"stage {self.stage.stage.name} starts from stage {name}, which has no finished checkpoint at its "
-                f"{num_samples} samples. Fix: train stage={name} to its end first"
-            )
-        return saved
+    def load(self, saved: Saved) -> None:
+        meta = saved.meta
+        self.checkpointer.load(saved, self.stage.optim)
+        self.progress = Progress(meta.samples, meta.step, dict(meta.tokens_by_source))
+        self.guard.steps = StepHealth.from_json(self.config.monitor.health, meta.health)
+        self.checkpointer.writer.last_bytes = sum(meta.files.values())
+        self.metrics.event("resume", step=meta.step, path=saved.path.name)
 
     def recalled(self, parent: Saved) -> LedgerRows:
         """What the stage takes over as read: all that was or, in a replay, what was by a stated token of the parent."""
@@ -168,7 +154,15 @@ class Trainer:
         phases = recorded_tables(self.run).get(parent.meta.stage)
         return ledger_to_json(StageData(self.config, before, ledger=start, phases=phases).ledger(sample))
 
+    @property
+    def opened(self) -> StageData:
+        assert self.data is not None
+        return self.data
+
     def open_data(self, *, start: LedgerRows, consumed: LedgerRows | None = None) -> None:
+        """Once: a rewind reads on from the same."""
+        if self.data is not None:
+            return
         self.data = StageData(
             self.config,
             self.stage,
@@ -176,77 +170,181 @@ class Trainer:
             consumed=ledger_from_json(consumed) if consumed else None,
             phases=recorded_tables(self.run).get(self.stage.stage.name),
             shards=recorded_shards(self.run),
+            left_out=on_rank_0(lambda: recorded_skips(self.run, self.stage.stage.name)),
         )
         trace = self.run.window_trace if self.config.data.trace else None
         self.feed = TrainingFeed(self.data, self.stage, rank=self.rank, trace=trace)
         self.held_out = HeldOutFeed(self.config, self.stage, rank=self.rank)
+        self.phases.mark("data_s")
 
-    def sees_stop_flag(self) -> bool:
-        """One rank looks; the step's all-reduce tells the others."""
-        return self.rank.rank == 0 and self.run.stop_flag.exists()
+    def own_flags(self, asked: list[int]) -> Flags:
+        """One rank looks at the stop flag; the step's all-reduce tells the others."""
+        is_up = self.rank.rank == 0 and self.run.stop_flag.exists()
+        return Flags(
+            stop=bool(asked) or is_up,
+            any_layout=is_up and wants_any_layout(self.run),
+            writing=self.checkpointer.writer.is_busy,
+        )
 
-    def train_step(self, *, stop: bool) -> bool:
-        """Reads one global batch, takes one optimizer step, logs it. Returns whether any rank was asked to stop."""
+    def train_step(self, own: Flags) -> Flags:
+        """Reads one global batch, takes one optimizer step unless something is wrong with it, logs it. Returns what any rank
+        was asked."""
         began = time.perf_counter()
-        batches = self.feed.batch(self.progress.samples)
-        read = time.perf_counter()
         first = self.progress.samples
-        samples = first + self.plan.batch_size_at(first)
-        lr = set_schedule(self.schedule, samples=samples)
-        sums, grad_norm = self.stepper.train(batches, num_microbatches=self.plan.microbatches_at(first), stop=stop)
-        self.progress.samples, self.progress.step, self.progress.last_batch = samples, self.progress.step + 1, samples - first
-        self.count(sums)
-        tokens = self.progress.last_batch * self.stage.stage.seq_length
+        batches = self.feed.batch(first)
+        waited_s = time.perf_counter() - began
+        self.phases.mark("first_batch_s")
+        end = first + self.plan.batch_size_at(first)
+        lr = set_schedule(self.schedule, samples=end)
+        result, finding = self.compute(batches, flags=own, first=first, end=end)
+        action = self.guard.act(finding, step=self.progress.step + 1) if finding else "note"
+        if action == "note":
+            self.update(result, end=end)
         took = time.perf_counter() - began
-        self.times.add(tokens=tokens, seconds=took, waited_s=read - began)
+        self.times.add(tokens=(end - first) * self.stage.stage.seq_length, seconds=took, waited_s=waited_s)
         self.heartbeat.step(self.progress.step, seconds=took)
-        if self.progress.step % self.config.monitor.log_interval == 0 or self.is_finished:
-            self.log(sums, lr=lr, grad_norm=grad_norm)
-        if not sums.loss < float("inf"):
-            raise NonFiniteError(f"step {self.progress.step}: loss is {sums.loss}; the last checkpoint is from before it")
-        return sums.stop
+        self.phases.end(self.metrics)
+        if action != "note":
+            assert finding is not None
+            self.leave_out(finding, first=first, end=end, action=action)
+        elif self.progress.step % self.config.monitor.log_interval == 0 or self.is_finished:
+            self.log(result, lr=lr)
+        self.guard.look_at_own(step=self.progress.step, waited_s=waited_s)
+        if not result.sums.flags.writing:
+            self.publish()
+        return result.sums.flags
+
+    def compute(self, batches: Any, *, flags: Flags, first: int, end: int) -> tuple[Result, Finding | None]:
+        """Gradients of a batch and what is wrong with them; where something is, and every so often, computed twice."""
+        rng = get_rng() if self.has_dropout else None
+        count = self.plan.microbatches_at(first)
+        result = self.stepper.gradients(batches, num_microbatches=count, flags=flags)
+        finding = self.guard.judge(result, first=first, end=end)
+        if self.guard.replays(finding, step=self.progress.step):
+            if rng:
+                set_rng(rng)
+            again = self.stepper.gradients(batches, num_microbatches=count, flags=flags)
+            self.guard.compare(result, again, step=self.progress.step + 1)
+        # Now, before the update: after it the distributed optimizer gathers weights anew over whatever is damaged.
+        if self.guard.checks_replicas(
+            step=self.progress.step, saves=self.due(self.plan.checkpoint_samples, since=first, now=end)
+        ):
+            self.guard.check_replicas(step=self.progress.step)
+        return result, finding
+
+    @property
+    def has_dropout(self) -> bool:
+        return self.config.model.hidden_dropout > 0 or self.config.model.attention_dropout > 0
+
+    def update(self, result: Result, *, end: int) -> None:
+        self.stepper.update(result.grad_norm)
+        self.guard.steps.accept(loss=result.sums.loss, grad_norm=result.grad_norm)
+        self.count(result.sums)
+        self.progress.step += 1
+        self.go_to(end)
+
+    def go_to(self, sample: int) -> None:
+        """The next batch begins there, or behind what is left out there. Losses of another mixture are not judged by those
+        before."""
+        before, self.progress.samples = self.progress.samples, self.opened.past(sample)
+        self.progress.last_batch = self.progress.samples - before
+        if any(before < row.start_sample <= self.progress.samples for row in self.opened.phases):
+            self.guard.steps.forget()
+
+    def leave_out(self, finding: Finding, *, first: int, end: int, action: str) -> None:
+        """Goes on behind the batches that a finding names, from here or from the checkpoint before them. For good: an event
+        says so, and every later start reads it."""
+        if action == "rewind":
+            first = finding.first_sample
+        cause, name = finding.kind, self.stage.stage.name
+        self.metrics.event("skip", step=self.progress.step, first_sample=first, num_samples=end - first, cause=cause)
+        self.opened.leave_out(first, end)
+        if action == "skip":
+            self.go_to(end)
+            return
+        with self.heartbeat.pause("rewind", step=self.progress.step):
+            self.publish()
+            on_rank_0(lambda: set_later_aside(self.run, name, samples=first))
+            self.metrics.event("rewind", step=self.progress.step, first_sample=first, cause=cause)
+            self.restore()
 
     def count(self, sums: Sums) -> None:
-        for name, tokens in sums.tokens_by_source(self.data.names).items():
+        for name, tokens in sums.tokens_by_source(self.opened.names).items():
             self.progress.tokens_by_source[name] = self.progress.tokens_by_source.get(name, 0) + tokens
 
-    def log(self, sums: Sums, *, lr: float, grad_norm: float | None) -> None:
+    def log(self, result: Result, *, lr: float) -> None:
         """A row: the loss of this step, the times of all since the last row."""
+        sums, times = result.sums, self.times.means()
+        step_s, waited_s, compute_s = times["step_time_s"], times["data_wait_s"], self.stepper.clock.take() / self.times.steps
+        pace = self.guard.look_around(step=self.progress.step, step_s=step_s, compute_s=compute_s, waited_s=waited_s)
         self.metrics.train(
             self.progress.step,
             samples=self.progress.samples,
             loss=sums.loss,
-            loss_by_source=sums.loss_by_source(self.data.names),
+            loss_by_source=sums.loss_by_source(self.opened.names),
             tokens_by_source=dict(self.progress.tokens_by_source),
             lr=lr,
-            grad_norm=grad_norm,
-            **self.times.means(),
+            grad_norm=result.grad_norm,
+            **times,
+            **pace,
         )
         self.times = StepTimes()
         self.metrics.status("running")
 
-    def due(self, interval_samples: int) -> bool:
-        """Whether the last batch came past a multiple of the interval; not shortly before the stage's end, with its own."""
-        before = self.progress.samples - self.progress.last_batch
-        left = self.plan.num_samples - self.progress.samples
-        return before // interval_samples < self.progress.samples // interval_samples and left >= interval_samples / 2
+    def due(self, interval_samples: int, *, since: int | None = None, now: int | None = None) -> bool:
+        """Whether a batch (the last one) came past a multiple of the interval; not shortly before the stage's end, with its
+        own."""
+        now = self.progress.samples if now is None else now
+        since = now - self.progress.last_batch if since is None else since
+        return since // interval_samples < now // interval_samples and self.plan.num_samples - now >= interval_samples / 2
 
     def validate(self) -> None:
         """Held-out loss per source. `loss` weighs the sources by their shares, as training does."""
         if not self.held_out.num_microbatches:
             return
+        began = time.perf_counter()
         with self.heartbeat.pause("validation", step=self.progress.step):
             sums = self.stepper.evaluate(self.held_out.batches(), num_microbatches=self.held_out.num_microbatches)
-        by_source = sums.loss_by_source(self.data.names)
-        loss = mixture_loss(by_source, shares=self.data.shares_at(self.progress.samples))
-        tokens = sums.tokens_by_source(self.data.names)
+        self.stepper.clock.take()
+        by_source = sums.loss_by_source(self.opened.names)
+        loss = mixture_loss(by_source, shares=self.opened.shares_at(self.progress.samples))
+        self.validated = (self.progress.step, loss)
         self.metrics.validation(
-            self.progress.step, samples=self.progress.samples, loss=loss, loss_by_source=by_source, tokens_by_source=tokens
+            self.progress.step,
+            samples=self.progress.samples,
+            loss=loss,
+            loss_by_source=by_source,
+            tokens_by_source=sums.tokens_by_source(self.opened.names),
+            seconds=round(time.perf_counter() - began, 3),
         )
 
-    def save(self) -> None:
-        samples = self.progress.samples
-        meta = Meta(
+    def save(self, *, any_layout: bool = False, is_last: bool = False) -> None:
+        """Begins a checkpoint, unless no step has been taken yet: a start has all there is. The last one is waited for."""
+        if not self.progress.step:
+            return
+        self.publish()
+        policy, step = self.stage.stage.checkpoint, self.progress.step
+        with self.heartbeat.pause("checkpoint", step=step):
+            self.guard.check_disk(step=step, last_bytes=self.checkpointer.writer.last_bytes)
+            self.checkpointer.save(self.meta(), policy=policy, any_layout=any_layout, wait=is_last)
+        if not policy.asynchronous:
+            self.publish()
+
+    def publish(self) -> None:
+        """Ends the write of a checkpoint, where there is one. What all ranks have found alike to be wrong with it may be let
+        pass."""
+        if self.checkpointer.writer.write is None:
+            return
+        with self.heartbeat.pause("checkpoint", step=self.progress.step):
+            try:
+                self.checkpointer.writer.finish()
+            except CheckpointError as error:
+                self.guard.checkpoint_failed(error, step=self.progress.step)
+            self.metrics.goodput(samples=self.progress.samples)
+
+    def meta(self) -> Meta:
+        samples, (step, loss) = self.progress.samples, self.validated or (-1, None)
+        return Meta(
             format_version=FORMAT_VERSION,
             stage=self.stage.stage.name,
             step=self.progress.step,
@@ -254,13 +352,15 @@ class Trainer:
             tokens=samples * self.stage.stage.seq_length,
             finished=self.is_finished,
             layout=layout_key(self.stage.layout),
-            ledger=ledger_to_json(self.data.ledger(samples)),
-            start_ledger=ledger_to_json(self.data.start_ledger),
-            tokens_by_source=self.progress.tokens_by_source,
+            ledger=ledger_to_json(self.opened.ledger(samples)),
+            start_ledger=ledger_to_json(self.opened.start_ledger),
+            tokens_by_source=dict(self.progress.tokens_by_source),
             files={},
+            reshard=reshard_key(self.stage, cluster=self.config.cluster),
+            health=self.guard.steps.to_json(),
+            skipped_samples=self.opened.left_out_before(samples),
+            validation_loss=loss if step == self.progress.step else None,
         )
-        with self.heartbeat.pause("checkpoint", step=self.progress.step):
-            self.checkpointer.save(meta, policy=self.stage.stage.checkpoint)
 
     def finish(self, kind: str, exit_class: ExitClass) -> ExitClass:
         self.metrics.event(kind, exit=exit_class.name, step=self.progress.step)
@@ -269,21 +369,6 @@ class Trainer:
         self.metrics.status("done" if exit_class is ExitClass.DONE else "stopped")
         self.metrics.close()
         return exit_class
-
-
-def on_rank_0(find: Callable[[], Found], *, rank: Rank) -> Found:
-    """What rank 0 finds on disk, on every rank: shared file systems show ranks different moments. So does its error."""
-    answer: list[Any] = [None, None]
-    if rank.rank == 0:
-        try:
-            answer[0] = find()
-        except CheckpointError as error:
-            answer[1] = error
-    dist.broadcast_object_list(answer, src=0, device=rank.device)
-    if answer[1] is not None:
-        raise answer[1]
-    found: Found = answer[0]
-    return found
 
 
 @contextmanager

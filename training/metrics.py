@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from launcher.config.schema import RunConfig
 from launcher.plan.stage import StagePlan
+from launcher.rundir.goodput import goodput_fields
 from launcher.rundir.paths import RunDir
 from launcher.rundir.permissions import lend_key
 from launcher.rundir.records import append_record, write_json
@@ -119,12 +120,23 @@ class Metrics:
         if self.is_writer:
             append_record(self.run.events, kind, stage=self.stage, **fields)
 
+    def own_event(self, kind: str, **fields: Any) -> None:
+        """Of any rank: what the first one does not see."""
+        append_record(self.run.events, kind, stage=self.stage, **fields)
+
     def train(self, step: int, *, samples: int, **fields: Any) -> None:
         """A row of training. `step` counts finished steps, `samples` the sequences of this stage read by them."""
         self._row("train", step, samples, fields)
 
     def validation(self, step: int, *, samples: int, **fields: Any) -> None:
         self._row("validation", step, samples, fields)
+
+    def goodput(self, *, samples: int) -> None:
+        """To W&B and TensorBoard: what the run's time has gone into. At checkpoints: the first time it reads all rows."""
+        if self.sinks:
+            fields = goodput_fields(self.run)
+            for sink in self.sinks:
+                sink.write(fields, samples=samples)
 
     def at(self, step: int, *, samples: int) -> None:
         """Where the stage stands, as the next status says it."""

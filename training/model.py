@@ -90,6 +90,7 @@ def transformer_config(stage: StageConfig, *, model: ModelConfig, hardware: Hard
         apply_rope_fusion=torch.cuda.is_available(),
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
+        deterministic_mode=stage.stage.deterministic,
         cross_entropy_loss_fusion=False,
         tp_comm_overlap=overlaps_tensor_parallel(stage, hardware=hardware) and have_transformer_engine(),
         **_layout_fields(stage.layout, has_variable_lengths=is_packed(stage) and stage.layout.cp > 1),
@@ -206,9 +207,10 @@ def build_chunk(stage: StageConfig, *, model: ModelConfig, config: TransformerCo
 
 
 def build_model(
-    stage: StageConfig, *, model: ModelConfig, seed: int, hardware: Hardware | None = None
+    stage: StageConfig, *, model: ModelConfig, seed: int, hardware: Hardware | None = None, bucket_size: int | None = None
 ) -> list[DistributedDataParallel]:
-    """This rank's model chunks, initialised from the seed alone and wrapped for data-parallel training."""
+    """This rank's model chunks, initialised from the seed alone and wrapped for data-parallel training. `bucket_size` in
+    elements, where it is not Megatron's own for this data-parallel size."""
     config, layout = transformer_config(stage, model=model, hardware=hardware), stage.layout
     if config.tp_comm_overlap:
         initialize_user_buffers(stage, model=model)
@@ -224,7 +226,8 @@ def build_model(
         use_distributed_optimizer=layout.distributed_optimizer,
         overlap_grad_reduce=layout.overlap_grad_reduce,
         overlap_param_gather=layout.overlap_param_gather,
-        check_for_nan_in_grad=True,
+        bucket_size=bucket_size,
+        check_for_nan_in_grad=False,  # the loop judges loss and norm of all ranks, before the weights are touched
         average_in_collective=False,
         fp8_param_gather=bool(stage.precision.fp8 and stage.precision.fp8_param_gather),
     )

@@ -4,35 +4,42 @@ Shapes: B micro batch, S sequence on this rank, T the whole row, N sources.
 """
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
 from launcher.config.schema import StageConfig
 from training.batch import MicroBatch
-from training.errors import NonFiniteError
+from training.pace import ComputeClock
 from training.parallel import Rank
 
-# megatron-core's rerun state machine says it so.
-NON_FINITE = re.compile(r"Unexpected result (nan|inf)\b|found (NaN|Inf) in")
+
+@dataclass(frozen=True)
+class Flags:
+    """What ranks tell each other with every step: true where it is of any of them. `stop`: it was asked to; `any_layout`: and
+    to save so that any layout can go on; `writing`: its part of a checkpoint is not written yet."""
+
+    stop: bool = False
+    any_layout: bool = False
+    writing: bool = False
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Loss and label tokens of each source over the whole global batch, and whether any rank was asked to stop."""
+    """Loss and label tokens of each source over the whole global batch, and the flags of all ranks."""
 
     loss_N: tuple[float, ...]
     tokens_N: tuple[int, ...]
-    stop: bool
+    flags: Flags = Flags()
 
     @property
     def loss(self) -> float:
@@ -46,6 +53,16 @@ class Sums:
 
     def tokens_by_source(self, names: Sequence[str]) -> dict[str, int]:
         return dict(zip(names, self.tokens_N, strict=True))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a batch came to before the weights are touched: sums and gradient norm (before clipping), the same on all ranks, and
+    what this rank added to the loss."""
+
+    sums: Sums
+    grad_norm: float
+    own_loss: float
 
 
 def mixture_loss(losses: Mapping[str, float], *, shares: Mapping[str, float]) -> float:
@@ -62,28 +79,32 @@ class Stepper:
         self, stage: StageConfig, *, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer, rank: Rank
     ):
         self.stage, self.chunks, self.optimizer, self.rank = stage, list(chunks), optimizer, rank
-        self.num_sources = len(stage.mixture.sources)
+        self.num_sources, self.clock = len(stage.mixture.sources), ComputeClock(rank.device)
         self.forward_backward = get_forward_backward_func()
         connect(self.chunks, optimizer=optimizer)
 
-    def train(self, batches: list[MicroBatch] | None, *, num_microbatches: int, stop: bool) -> tuple[Sums, float | None]:
-        """One optimizer step. Returns the batch's sums and the gradient norm before clipping (None without clipping).
+    def train(self, batches: list[MicroBatch] | None, *, num_microbatches: int, flags: Flags = Flags()) -> tuple[Sums, float]:
+        """One optimizer step, whatever comes of it. Returns the batch's sums and the gradient norm."""
+        result = self.gradients(batches, num_microbatches=num_microbatches, flags=flags)
+        self.update(result.grad_norm)
+        return result.sums, result.grad_norm
 
-        Raises NonFiniteError where a gradient is NaN or Inf: on this rank before the weights are touched."""
+    def gradients(self, batches: list[MicroBatch] | None, *, num_microbatches: int, flags: Flags) -> Result:
+        """Forward and backward. The weights are as they were, and so may be computed again on."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        try:
-            reports = self._run(batches, num_microbatches=num_microbatches, forward_only=False)
-        except RuntimeError as error:
-            if NON_FINITE.search(str(error)):
-                raise NonFiniteError(f"a gradient is NaN or Inf; the weights are as they were: {error}") from error
-            raise
-        _, grad_norm, _ = self.optimizer.step()
-        if grad_norm is not None and not math.isfinite(grad_norm):
-            # Each rank's gradients were finite, their sum was not: the update has already been taken.
-            raise NonFiniteError(f"gradient norm is {grad_norm}; go on from the last checkpoint")
-        return self.reduce(reports, stop=stop), None if grad_norm is None else float(grad_norm)
+        reports = self._run(batches, num_microbatches=num_microbatches, forward_only=False)
+        self.optimizer.prepare_grads()
+        return self.reduce(reports, grad_norm=float(self.optimizer.get_grad_norm()), flags=flags)
+
+    @torch.no_grad()
+    def update(self, grad_norm: float) -> None:
+        """Clips the gradients and takes the optimizer's step: ChainedOptimizer's own, parted where its norm is known."""
+        for optimizer in parts(self.optimizer):
+            if self.stage.optim.clip_grad > 0 and (parameters := optimizer.get_parameters()):
+                clip_grad_by_total_norm_fp32(parameters, max_norm=self.stage.optim.clip_grad, total_norm=grad_norm)
+        self.optimizer.step_with_ready_grads()
 
     @torch.no_grad()
     def evaluate(self, batches: list[MicroBatch] | None, *, num_microbatches: int) -> Sums:
@@ -93,24 +114,28 @@ class Stepper:
         reports = self._run(batches, num_microbatches=num_microbatches, forward_only=True)
         for chunk in self.chunks:
             chunk.train()
-        return self.reduce(reports, stop=False)
+        return self.reduce(reports, grad_norm=0.0, flags=Flags()).sums
 
-    def reduce(self, reports: list[torch.Tensor], *, stop: bool) -> Sums:
-        """One all-reduce over the world: every rank learns every sum. Tensor-parallel twins count once."""
-        total = torch.zeros(2 * self.num_sources + 1, dtype=torch.float64, device=self.rank.device)
+    def reduce(self, reports: list[torch.Tensor], *, grad_norm: float, flags: Flags) -> Result:
+        """One all-reduce over the world: every rank learns every sum. Tensor-parallel twins count once. The norm is the mean of
+        what the ranks made of it, so that they all judge the same number."""
+        own = torch.zeros(2 * self.num_sources, dtype=torch.float64, device=self.rank.device)
         if reports and self.rank.tp_rank == 0:
-            total[:-1] = torch.stack(reports).sum(dim=0)
-        total[-1] = float(stop)
+            own += torch.stack(reports).sum(dim=0)
+        told = torch.tensor([grad_norm / self.rank.world_size, *astuple(flags)], dtype=torch.float64, device=self.rank.device)
+        total = torch.cat([own, told])
         dist.all_reduce(total)
-        *values, stopped = total.tolist()
-        losses, tokens = values[: self.num_sources], values[self.num_sources :]
-        return Sums(tuple(losses), tuple(round(count) for count in tokens), stopped > 0)
+        values = total.tolist()
+        losses, tokens = values[: self.num_sources], values[self.num_sources : 2 * self.num_sources]
+        norm, *raised = values[2 * self.num_sources :]
+        sums = Sums(tuple(losses), tuple(round(count) for count in tokens), Flags(*(flag > 0 for flag in raised)))
+        return Result(sums, norm, float(own[: self.num_sources].sum()))
 
     def _run(self, batches: list[MicroBatch] | None, *, num_microbatches: int, forward_only: bool) -> list[torch.Tensor]:
         iterators = [iter(batches) if batches else None for _ in self.chunks]
         interleaved = len(self.chunks) > 1
-        return self.forward_backward(
-            forward_step_func=partial(forward_step, num_sources=self.num_sources),
+        reports: list[torch.Tensor] = self.forward_backward(
+            forward_step_func=partial(forward_step, num_sources=self.num_sources, clock=self.clock),
             data_iterator=iterators if interleaved else iterators[0],
             model=self.chunks if interleaved else self.chunks[0],
             num_microbatches=num_microbatches,
@@ -118,6 +143,7 @@ class Stepper:
             micro_batch_size=self.stage.layout.micro_batch_size,
             forward_only=forward_only,
         )
+        return reports
 
 
 def connect(chunks: list[DistributedDataParallel], *, optimizer: MegatronOptimizer) -> None:
@@ -134,19 +160,28 @@ def connect(chunks: list[DistributedDataParallel], *, optimizer: MegatronOptimiz
         config.param_sync_func = [chunk.start_param_sync for chunk in chunks]
 
 
-def forward_step(iterator: Iterator[MicroBatch] | None, model: Any, *, num_sources: int) -> tuple[torch.Tensor, Any]:
+def parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    return list(optimizer.chained_optimizers) if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+
+
+def forward_step(
+    iterator: Iterator[MicroBatch] | None, model: Any, *, num_sources: int, clock: ComputeClock
+) -> tuple[torch.Tensor, Any]:
     """Megatron's forward step: the model's output (on the last stage, the loss of each token [B, S]) and the loss function. A
     stage in the middle of a pipeline reads of the batch where documents begin; without a batch there is one attention."""
-    if iterator is None:
-        return model(input_ids=None, position_ids=None, attention_mask=None), partial(token_loss, None, num_sources)
-    batch = next(iterator)
-    output = model(
-        input_ids=batch.tokens_BS,
-        position_ids=batch.positions_BS,
-        attention_mask=batch.document_BT,
-        labels=batch.labels_BS,
-        packed_seq_params=batch.packed,
-    )
+    batch = next(iterator) if iterator is not None else None
+    clock.start()
+    if batch is None:
+        output = model(input_ids=None, position_ids=None, attention_mask=None)
+    else:
+        output = model(
+            input_ids=batch.tokens_BS,
+            position_ids=batch.positions_BS,
+            attention_mask=batch.document_BT,
+            labels=batch.labels_BS,
+            packed_seq_params=batch.packed,
+        )
+    clock.stop()
     return output, partial(token_loss, batch, num_sources)
 
 

@@ -87,7 +87,6 @@ class DataStall:
     _: KW_ONLY
     limit_s: Positive
     action: Literal["note", "stop"]
-    budget: Budget
 
 
 @dataclass(config=STRICT, frozen=True)
@@ -106,7 +105,6 @@ class DiskLow:
     _: KW_ONLY
     free_gib: NonNegative
     action: Literal["note", "stop"]
-    budget: Budget
 
 
 @dataclass(config=STRICT, frozen=True)
@@ -121,8 +119,8 @@ class DeviceError:
 
 @dataclass(config=STRICT, frozen=True)
 class Health:
-    """What is watched while a stage trains, and what is done about it, at most `budget` times in the stage; then a person is
-    asked.
+    """What is watched while a stage trains, and what is done about it, at most `budget` times since a person last looked; then
+    one is asked. What is only noted is not counted.
 
     `note` records an event; `skip` leaves the step's batch out; `rewind` goes back to the checkpoint before the fault and
     leaves its batches out, and `skip_before_steps` batches before them; `restart` starts the ranks again, `requeue` without the

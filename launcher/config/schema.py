@@ -106,7 +106,8 @@ class StageSettings:
 
     Sources that the stage `init_from` read go on where it stopped or, with `replay_from_tokens`, where they stood at that
     token of it. `reset_attention_mask`: no attention across documents; `reset_position_ids` goes with it; `eod_mask_loss`:
-    what follows a document's end is not predicted (Megatron's names)."""
+    what follows a document's end is not predicted (Megatron's names). `deterministic`: the same bits each time, on GPUs too,
+    where the kernels for it are slower."""
 
     _: KW_ONLY
     name: Name
@@ -120,6 +121,7 @@ class StageSettings:
     reset_attention_mask: bool
     reset_position_ids: bool
     eod_mask_loss: bool
+    deterministic: bool
     validation: Validation
     checkpoint: CheckpointPolicy
 

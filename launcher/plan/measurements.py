@@ -139,7 +139,7 @@ def stage_settings(seq_length: int, *, batch: int) -> dict[str, Any]:
     return dict(
         name="measured", seq_length=seq_length, global_batch_size=batch, rampup_batch_size=None,
         tokens=float(seq_length * batch), rotary_base=10000, init_from=None, replay_from_tokens=None,
-        reset_attention_mask=False, reset_position_ids=False, eod_mask_loss=False,
+        reset_attention_mask=False, reset_position_ids=False, eod_mask_loss=False, deterministic=False,
         validation=dict(interval_tokens=1e9, max_tokens=seq_length),
         checkpoint=dict(interval_tokens=1e9, keep_last=1, keep_every_tokens=None, keep_best=0, asynchronous=True),
     )  # fmt: skip

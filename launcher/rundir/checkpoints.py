@@ -2,19 +2,27 @@
 
 checkpoints/<stage>/step_00000100/   the sharded tensors and meta.json, which has a digest of every file
 checkpoints/<stage>/index.jsonl      one row a finished checkpoint, append-only, with the digest of its meta.json
+
+Folders beside them: `.partial` is being written, `.torn` was found damaged, `.rewound` was left behind by a rewind.
 """
 
+import math
 import shutil
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from launcher.rundir.paths import RunDir
-from launcher.rundir.records import read_json, read_records
+from launcher.rundir.records import append_record, read_json, read_records
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)  # 1: always fully_reshardable, without what was added since
 READ_BYTES = 8 << 20
+REWOUND = "rewound"  # the kind of an index row, and how the folder's name ends
+
+# Megatron's names: any layout reads the first; the second, which is faster to write, only one whose `reshard` is equal.
+FULLY_RESHARDABLE, DP_RESHARDABLE = "fully_reshardable", "dp_reshardable"
 
 
 class CheckpointError(Exception):
@@ -32,7 +40,9 @@ class DiskFullError(CheckpointError):
 @dataclass(frozen=True)
 class Meta:
     """meta.json: what a checkpoint is. `ledger` is what the run had consumed, `start_ledger` where the stage began; `files` are
-    sizes in bytes, `digests` empty in checkpoints of an older phidias."""
+    sizes in bytes, `digests` empty in checkpoints of an older phidias. `reshard`: what a layout must equal to read one that is
+    dp_reshardable (rundir/reshard.py). `health` is the state of what judges the steps, `skipped_samples` were left out up to
+    here, `validation_loss` is the held-out loss of this very step, where it was measured."""
 
     format_version: int
     stage: str
@@ -46,6 +56,11 @@ class Meta:
     tokens_by_source: dict[str, int]
     files: dict[str, int]
     digests: dict[str, str] = field(default_factory=dict)
+    sharding: str = FULLY_RESHARDABLE
+    reshard: dict[str, Any] = field(default_factory=dict)
+    health: dict[str, Any] = field(default_factory=dict)
+    skipped_samples: int = 0
+    validation_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -66,11 +81,13 @@ def read_checkpoint(path: Path, *, digest: str | None = None) -> Saved:
             )
         row = read_json(path / "meta.json")
         version = row["format_version"]
-        meta = Meta(**row) if version == FORMAT_VERSION else None
+        meta = Meta(**row) if version in READABLE else None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path}: meta.json is missing or unreadable ({error}); the checkpoint is torn") from error
     if meta is None:
-        raise CheckpointError(f"{path}: format {version}, this version reads {FORMAT_VERSION}; use the version that wrote it")
+        raise CheckpointError(
+            f"{path}: format {version}, this version reads up to {FORMAT_VERSION}; use the version that wrote it"
+        )
     for name, size in meta.files.items():
         found = (path / name).stat().st_size if (path / name).exists() else None
         if found != size:
@@ -109,7 +126,8 @@ def indexed(run: RunDir, stage: str) -> Iterator[tuple[Path, str | None]]:
     directory = run.checkpoints(stage)
     digests: dict[str, str | None] = {}
     for row in reversed(list(read_records(directory / "index.jsonl"))):
-        digests.setdefault(row["path"], row.get("meta"))
+        if row.get("kind") != REWOUND:
+            digests.setdefault(row["path"], row.get("meta"))
     for name, digest in digests.items():
         if (directory / name).exists():  # else it was pruned, or set aside
             yield directory / name, digest
@@ -155,13 +173,45 @@ def set_torn_aside(run: RunDir, stage: str, *, damaged: Collection[str] = ()) ->
             path.rename(torn)
 
 
-def prune(directory: Path, *, keep_last: int, keep_every_tokens: float | None = None) -> list[str]:
-    """Removes all but the newest `keep_last` checkpoints, the first one past every `keep_every_tokens`, and ends of stages; and
-    all leftovers of writes that never finished. The names of those removed."""
-    for leftover in directory.glob("*.partial"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    steps = sorted(path for path in directory.glob("step_*[0-9]") if (path / "meta.json").exists())
-    kept, removed = milestones(directory, every_tokens=keep_every_tokens), []
+def undo_replacing(run: RunDir, stage: str) -> None:
+    """Takes back the checkpoints whose folder a crash left without its successor (records.replace_folder)."""
+    for old in run.checkpoints(stage).glob("step_*[0-9].old"):
+        if not old.with_suffix("").exists():
+            old.rename(old.with_suffix(""))
+
+
+def set_later_aside(run: RunDir, stage: str, *, samples: int) -> list[str]:
+    """Renames checkpoints of more than `samples` to `*.rewound`: the run goes on from an earlier one, and must not come back to
+    them. The newest goes first, so that a crash leaves no later one without those before it. The names of those renamed."""
+    directory, renamed = run.checkpoints(stage), []
+    for path in reversed(whole_steps(directory)):
+        row = read_json(path / "meta.json")
+        if row["samples"] > samples:
+            aside = path.with_name(f"{path.name}.{REWOUND}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            append_record(directory / "index.jsonl", REWOUND, path=path.name, tokens=row["tokens"], to_samples=samples)
+            renamed.append(path.name)
+    return renamed
+
+
+def prune(
+    directory: Path,
+    *,
+    keep_last: int,
+    keep_every_tokens: float | None = None,
+    keep_best: int = 0,
+    writing: str | None = None,
+) -> list[str]:
+    """Removes all but the newest `keep_last` checkpoints, the first one past every `keep_every_tokens`, the `keep_best` of
+    lowest held-out loss, and ends of stages; and all leftovers: of writes that never finished, but for `writing`, the step that
+    is being written now, and of rewinds that the run has come past again. The names of those removed."""
+    steps = whole_steps(directory)
+    for leftover in [*directory.glob("*.partial"), *passed_again(directory, steps=steps)]:
+        if leftover.name not in (writing, f"{writing}.partial"):
+            shutil.rmtree(leftover, ignore_errors=True)
+    kept = milestones(directory, every_tokens=keep_every_tokens) | best(directory, steps=steps, count=keep_best)
+    removed = []
     for path in steps[:-keep_last]:
         if path.name not in kept and not read_json(path / "meta.json")["finished"]:
             shutil.rmtree(path)
@@ -169,11 +219,43 @@ def prune(directory: Path, *, keep_last: int, keep_every_tokens: float | None = 
     return removed
 
 
+def whole_steps(directory: Path) -> list[Path]:
+    """The checkpoints that were published, by step."""
+    return sorted(path for path in directory.glob("step_*[0-9]") if (path / "meta.json").exists())
+
+
+def passed_again(directory: Path, *, steps: Sequence[Path]) -> list[Path]:
+    """What rewinds left behind, up to the newest checkpoint there is: until then it may be wanted for a look."""
+    newest = steps[-1].name if steps else ""
+    return [path for path in directory.glob(f"step_*.{REWOUND}") if path.stem <= newest]
+
+
+def written(directory: Path) -> dict[str, dict[str, Any]]:
+    """The newest row of the index of each checkpoint, those that were pruned included; not of those that were rewound."""
+    rows: dict[str, dict[str, Any]] = {}
+    for row in read_records(directory / "index.jsonl"):
+        if row.get("kind") == REWOUND:
+            rows.pop(row["path"], None)
+        else:
+            rows[row["path"]] = row
+    return rows
+
+
 def milestones(directory: Path, *, every_tokens: float | None) -> set[str]:
     """The first checkpoint at or past each multiple, of all that were ever written."""
     found, passed = set[str](), 0.0
-    for row in read_records(directory / "index.jsonl") if every_tokens else ():
-        if row.get("tokens", 0) // every_tokens > passed:
+    rows = sorted(written(directory).values(), key=lambda row: row.get("tokens", 0)) if every_tokens else []
+    for row in rows:
+        multiple = row.get("tokens", 0) // every_tokens
+        if multiple > passed:
             found.add(row["path"])
-        passed = max(passed, row.get("tokens", 0) // every_tokens)
+            passed = multiple
     return found
+
+
+def best(directory: Path, *, steps: Sequence[Path], count: int) -> set[str]:
+    """The `count` of lowest held-out loss, of those that are there and were measured."""
+    rows, there = written(directory) if count else {}, {path.name for path in steps}
+    losses = {name: row.get("validation_loss") for name, row in rows.items() if name in there}
+    measured = {name: loss for name, loss in losses.items() if loss is not None and math.isfinite(loss)}
+    return set(sorted(measured, key=measured.__getitem__)[:count])

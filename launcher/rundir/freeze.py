@@ -26,6 +26,7 @@ from launcher.rundir.order import record_order, recorded_tables
 from launcher.rundir.paths import RunDir
 from launcher.rundir.permissions import refuse_world_writable
 from launcher.rundir.records import append_record, read_json, write_atomic, write_json
+from launcher.rundir.reshard import refuse_resharding
 
 # From each older schema_version to the next, so that new code resumes old runs.
 UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
@@ -148,6 +149,7 @@ def allowed_changes(run: RunDir, frozen: RunConfig, *, config: RunConfig) -> Cha
         raise RunStateError(describe_refusal(run, refused=changes.refused))
     refuse_moved_end(run, frozen=frozen, changes=changes)
     refuse_unreading(run, config=config)
+    refuse_resharding(run, config)
     return changes
 
 
@@ -253,13 +255,14 @@ def add_health(tree: dict[str, Any]) -> dict[str, Any]:
         "grad_norm": spike,
         "straggler": {"factor": 1.5, "rows": 3, "action": "note", "budget": 1000},
         "corruption": {"interval_steps": None, "tolerance": 1e-3, "action": "restart", "budget": 2},
-        "data_stall": {"limit_s": 60.0, "action": "note", "budget": 1000},
+        "data_stall": {"limit_s": 60.0, "action": "note"},
         "checkpoint": {"action": "restart", "budget": 3},
-        "disk_low": {"free_gib": 0.0, "action": "note", "budget": 1000},
+        "disk_low": {"free_gib": 0.0, "action": "note"},
         "device_error": {"interval_s": 60.0, "action": "note", "budget": 1000},
     }
+    checkpoint = {"keep_best": 0, "asynchronous": True}
     stages = [
-        {**row, "stage": {**row["stage"], "checkpoint": {"keep_best": 0, "asynchronous": True, **row["stage"]["checkpoint"]}}}
+        {**row, "stage": {"deterministic": False, **row["stage"], "checkpoint": {**checkpoint, **row["stage"]["checkpoint"]}}}
         for row in tree["stages"]
     ]
     restarts = 2 if tree["cluster"]["kind"] == "slurm" else 0

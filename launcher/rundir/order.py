@@ -28,7 +28,7 @@ from launcher.plan.prepared import Prepared, known_sizes
 from launcher.rundir.checkpoints import newest_checkpoint
 from launcher.rundir.exits import RunStateError
 from launcher.rundir.paths import RunDir
-from launcher.rundir.records import append_record, read_json, write_json
+from launcher.rundir.records import append_record, read_json, read_records, write_json
 
 FORMAT_VERSION = 1
 Rows = list[PhaseRow]
@@ -119,6 +119,12 @@ def recorded_shards(run: RunDir) -> Mapping[str, Mapping[str, FileState]]:
     """Size and version of each shard at launch, by source."""
     tree: dict[str, dict[str, Any]] = read_json(run.order)["shards"] if run.order.exists() else {}
     return {name: {file: FileState(*state) for file, state in files.items()} for name, files in tree.items()}
+
+
+def recorded_skips(run: RunDir, stage: str) -> list[tuple[int, int]]:
+    """Samples [first, end) of a stage that are left out for good, in the order in which that was decided."""
+    rows = [row for row in read_records(run.events) if row.get("kind") == "skip" and row.get("stage") == stage]
+    return [(row["first_sample"], row["first_sample"] + row["num_samples"]) for row in rows]
 
 
 def stage_shares(run: RunDir, config: RunConfig) -> dict[str, dict[str, float]]:

@@ -54,8 +54,8 @@ class RunDir:
 
     @property
     def stop_flag(self) -> Path:
-        """Exists while someone wants the ranks to save and exit after the step they are in. A launcher that was sent a signal
-        writes `signal` in it; a person leaves it empty."""
+        """Exists while someone wants the ranks to save and exit after the step they are in. What is in it says who
+        (rundir/stop.py)."""
         return self.root / "stop"
 
     @property

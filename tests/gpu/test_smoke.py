@@ -108,7 +108,7 @@ def train_case(name: str, *, on_cpu: bool) -> dict[str, Any]:
     def step(index: int) -> tuple[float, float, float]:
         began = time.perf_counter()
         set_schedule(schedule, samples=(index + 1) * MICRO_BATCH)
-        sums, norm = stepper.train(batches, num_microbatches=len(batches), stop=False)
+        sums, norm = stepper.train(batches, num_microbatches=len(batches))
         return sums.loss, norm, time.perf_counter() - began
 
     losses, norms, seconds = zip(*(step(index) for index in range(STEPS)), strict=True)
@@ -166,7 +166,7 @@ def check_checkpoint(folder: Path, *, stage: Any, chunks: Any, optimizer: Any, s
         layout=layout_key(stage.layout), ledger={}, start_ledger={}, tokens_by_source={}, files={},
     )  # fmt: skip
     saved_state = snapshot(chunks, optimizer=optimizer)
-    checkpointer.save(meta, keep_last=1)
+    checkpointer.save(meta, policy=stage.stage.checkpoint)
     first = [step(STEPS + index)[0] for index in range(2)]
     moved_state = snapshot(chunks, optimizer=optimizer)
     saved, refused = newest_checkpoint(run, "pretrain")

@@ -238,6 +238,7 @@ def test_a_config_of_schema_4_says_what_it_said():
     tree["schema_version"], tree["cluster"]["container"] = 4, "image.sqsh"  # which nothing read
     del tree["run"]["after"], tree["monitor"]["wandb"]["key_file"], tree["monitor"]["hang"], tree["monitor"]["health"]
     for stage in tree["stages"]:
+        del stage["stage"]["deterministic"]
         for name in ("keep_every_tokens", "keep_best", "asynchronous"):
             del stage["stage"]["checkpoint"][name]
     for name in ("cpu_partition", "sbatch_options", "spare_nodes", "checks", "restarts"):

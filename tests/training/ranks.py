@@ -4,8 +4,8 @@
 
 A case is `layout:<name>`: train a fresh run in that layout; `masked:<name>`: the same, documents apart and what follows them
 not predicted; `packed:<name>`: that again, as packed rows with their documents' borders, as on GPUs;
-`resume:<name>[:<dtype>]`: stop half way and go on; or `move:<name>:<name>`: save in one layout, go on in another; `batch`;
-`nan`. tests/training/test_ranks.py compares the results.
+`resume:<name>[:<dtype>]`: stop half way and go on; `rewind:<name>`: go back and past a batch; or `move:<name>:<name>`: save in
+one layout, go on in another; `batch`; `nan`. tests/training/test_ranks.py compares the results.
 """
 
 import hashlib
@@ -26,12 +26,16 @@ from megatron.core import parallel_state  # noqa: E402
 from launcher.config.schema import RunConfig  # noqa: E402
 from launcher.plan.stage import plan_stage  # noqa: E402
 from launcher.rundir.paths import RunDir  # noqa: E402
+from launcher.rundir.records import append_record  # noqa: E402
 from tests.training.thd import as_on_gpus  # noqa: E402
 from tests.training.tiny import run_config, stage_config  # noqa: E402
 from training.errors import NonFiniteError  # noqa: E402
+from training.health import Finding  # noqa: E402
 from training.heartbeat import Heartbeat  # noqa: E402
 from training.loop import Trainer  # noqa: E402
 from training.parallel import initialize_parallel, join_world, leave_world  # noqa: E402
+from training.startup import Phases  # noqa: E402
+from training.step import Flags  # noqa: E402
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one": {},
@@ -64,29 +68,36 @@ STEPS = 6
 class Case:
     """A run of one layout in this world."""
 
-    def __init__(self, work: Path, name: str, *, run_name: str, device: torch.device, **sections: Any):
+    def __init__(self, work: Path, name: str, *, run_name: str, device: torch.device, left_out: Any = (), **sections: Any):
         stage = stage_config(layout=LAYOUTS[name], **sections)
         self.config: RunConfig = run_config(work, ranks=dist.get_world_size(), stages=[stage])
         self.run = RunDir(work / "runs" / run_name)
         self.rank = initialize_parallel(self.config.stages[0].layout, seed=self.config.run.seed, device=device, timeout_s=120)
         if dist.get_rank() == 0:
             self.run.root.mkdir(parents=True, exist_ok=True)
+            for first, count in left_out:
+                append_record(self.run.events, "skip", stage="pretrain", first_sample=first, num_samples=count)
         dist.barrier()
         stage_cfg = self.config.stages[0]
         plan = plan_stage(stage_cfg, cluster=self.config.cluster)
         heartbeat = Heartbeat(self.run, stage=stage_cfg.stage.name, rank=self.rank.rank, hang=self.config.monitor.hang)
-        self.trainer = Trainer(self.run, self.config, stage=stage_cfg, plan=plan, rank=self.rank, heartbeat=heartbeat)
+        self.trainer = Trainer(
+            self.run, self.config, stage=stage_cfg, plan=plan, rank=self.rank, heartbeat=heartbeat, phases=Phases()
+        )
         self.trainer.restore()
 
     def steps(self, count: int) -> "Case":
         for _ in range(count):
-            self.trainer.train_step(stop=False)
+            self.trainer.train_step(Flags())
         return self
 
     def rows(self, kind: str) -> list[dict[str, Any]]:
         dist.barrier()
         rows = [json.loads(line) for line in self.run.metrics.read_text().splitlines()]
         return [row for row in rows if row["kind"] == kind]
+
+    def events(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.run.events.read_text().splitlines()]
 
     def digest(self) -> list[str]:
         """One digest a rank over weights and moments, byte for byte."""
@@ -132,8 +143,10 @@ def check_resume(work: Path, name: str, dtype: str = "fp32", *, device: torch.de
     whole = Case(work, name, run_name=f"whole_{name}_{dtype}", device=device, **sections).steps(STEPS)
     expected = whole.digest()
     whole.close()
-    first = Case(work, name, run_name=f"halves_{name}_{dtype}", device=device, **sections).steps(STEPS // 2)
-    first.trainer.save()
+    first = Case(work, name, run_name=f"halves_{name}_{dtype}", device=device, **sections)
+    for _ in range(STEPS // 2):  # from the third on, Megatron writes by the plan of those before
+        first.steps(1).trainer.save()
+    first.trainer.publish()
     first.close()
     second = Case(work, name, run_name=f"halves_{name}_{dtype}", device=device, **sections)
     start = second.trainer.progress.step
@@ -143,9 +156,25 @@ def check_resume(work: Path, name: str, dtype: str = "fp32", *, device: torch.de
     return {"expected": expected, "found": found, "start": start, "losses": losses}
 
 
+def check_rewind(work: Path, name: str, *, device: torch.device) -> dict[str, Any]:
+    """Back to a checkpoint in the same process, and past the batches that a finding names; beside a run that never took it."""
+    clean = Case(work, name, run_name=f"clean_{name}", device=device, left_out=[(16, 16)]).steps(STEPS - 2)
+    expected = clean.digest()
+    clean.close()
+    case = Case(work, name, run_name=f"rewound_{name}", device=device).steps(2)
+    case.trainer.save()
+    case.steps(2)
+    finding = Finding("loss_spike", "rewind", 3, value=9.0, limit=5.0, first_sample=16, end_sample=32, text="loss is high")
+    case.trainer.leave_out(finding, first=24, end=32, action="rewind")
+    found = case.steps(STEPS - 4).digest()
+    finished, kinds = case.trainer.is_finished, [row["kind"] for row in case.events()]
+    case.close()
+    return {"expected": expected, "found": found, "finished": finished, "kinds": kinds}
+
+
 def check_move(work: Path, before: str, after: str, *, device: torch.device) -> dict[str, Any]:
     first = Case(work, before, run_name=f"move_{before}_{after}", device=device).steps(STEPS // 2)
-    first.trainer.save()
+    first.trainer.save(any_layout=True, is_last=True)
     first.close()
     second = Case(work, after, run_name=f"move_{before}_{after}", device=device).steps(STEPS - STEPS // 2)
     losses = [row["loss"] for row in second.rows("train")]
@@ -156,22 +185,24 @@ def check_move(work: Path, before: str, after: str, *, device: torch.device) -> 
 def check_batch(work: Path, *, device: torch.device) -> dict[str, Any]:
     """Half of the run in batches of 8, then in batches of 4: the samples read and the end."""
     first = Case(work, "one", run_name="batch", device=device).steps(STEPS // 2)
-    first.trainer.save()
+    first.trainer.save(is_last=True)
     first.close()
     second = Case(work, "one", run_name="batch", device=device, stage={"global_batch_size": 4})
     while not second.trainer.is_finished:
-        second.trainer.train_step(stop=False)
+        second.trainer.train_step(Flags())
     rows = [{key: row[key] for key in ("step", "samples", "tokens", "tokens_by_source")} for row in second.rows("train")]
     second.close()
     return {"rows": rows}
 
 
 def check_nan(work: Path, *, device: torch.device) -> dict[str, Any]:
-    """A weight turns NaN: the step must be refused before the optimizer spreads it."""
+    """A weight turns NaN: the steps must be left out before the optimizer spreads it, until a person is asked."""
     case = Case(work, "one", run_name="nan", device=device).steps(1)
     chunk = case.trainer.stepper.chunks[0]
     before = chunk.module.output_layer.weight.clone()
     chunk.module.decoder.final_layernorm.weight.data[0] = float("nan")
+    case.steps(2)  # the budget
+    skips = [row for row in case.events() if row["kind"] == "skip"]
     try:
         case.steps(1)
         error = None
@@ -179,12 +210,13 @@ def check_nan(work: Path, *, device: torch.device) -> dict[str, Any]:
         error = str(raised)
     unchanged = bool(torch.equal(before, chunk.module.output_layer.weight))
     case.close()
-    return {"error": error, "unchanged": unchanged, "step": case.trainer.progress.step}
+    left_out = [(row["first_sample"], row["num_samples"]) for row in skips]
+    return {"error": error, "unchanged": unchanged, "step": case.trainer.progress.step, "left_out": left_out}
 
 
 CHECKS: dict[str, Callable[..., dict[str, Any]]] = {
     "layout": check_layout, "masked": check_masked, "packed": check_packed, "resume": check_resume, "move": check_move,
-    "batch": check_batch, "nan": check_nan,
+    "rewind": check_rewind, "batch": check_batch, "nan": check_nan,
 }  # fmt: skip
 
 

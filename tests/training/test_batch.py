@@ -152,7 +152,7 @@ def stepper() -> Iterator[Stepper]:
 def gradients(stepper: Stepper, batches: list[MicroBatch]) -> list[torch.Tensor]:
     for group in stepper.optimizer.param_groups:
         group["lr"] = group["weight_decay"] = 0.0
-    stepper.train(batches, num_microbatches=len(batches), stop=False)
+    stepper.train(batches, num_microbatches=len(batches))
     return [parameter.main_grad.clone() for parameter in stepper.chunks[0].parameters()]
 
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.config.schema import CheckpointPolicy, StageConfig
+from launcher.config.schema import StageConfig
 from launcher.plan.stage import StagePlan, plan_stage
 from launcher.rundir.checkpoints import Meta, newest_checkpoint
 from launcher.rundir.paths import RunDir
@@ -172,7 +172,7 @@ def test_after_a_load_the_config_rules(tmp_path: Path, seams: None) -> None:
     with one_rank(before.layout):
         chunks, optimizer = stepped(before)
         saver = Checkpointer(run, stage="pretrain", layout=before.layout, chunks=chunks, optimizer=optimizer)
-        saver.save(meta(before), policy=CheckpointPolicy(interval_tokens=1.0, keep_last=1, keep_every_tokens=None))
+        saver.save(meta(before), policy=before.stage.checkpoint)
         moments = adam(optimizer).state_dict()["state"]
         chunks, optimizer = build(after)
         loader = Checkpointer(run, stage="pretrain", layout=after.layout, chunks=chunks, optimizer=optimizer)

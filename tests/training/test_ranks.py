@@ -15,12 +15,12 @@ from tests.training.shards import write_sources
 REPOSITORY = Path(__file__).resolve().parents[2]
 CASES = {
     1: ["layout:one", "layout:mbs4", "layout:plain_optimizer", "layout:recompute", "layout:selective", "layout:selective_mlp",
-        "resume:one", "batch", "nan", "masked:one", "masked:mbs4"],
+        "resume:one", "rewind:one", "batch", "nan", "masked:one", "masked:mbs4"],
     2: [
         *(f"layout:{name}" for name in ("tp2", "tp2_sp", "pp2_first1", "pp2_vpp2", "pp2_vpp3_ends", "cp2")),
         *(f"layout:{name}" for name in ("dp2", "dp2_plain", "dp2_overlap")),
         *(f"resume:{name}" for name in ("dp2", "dp2_overlap", "tp2_sp", "pp2", "pp2_vpp2", "cp2")),
-        "resume:dp2:bf16", "move:dp2:tp2_sp", "move:tp2:pp2_vpp2", "move:pp2:cp2",
+        "resume:dp2:bf16", "rewind:dp2_overlap", "move:dp2:tp2_sp", "move:tp2:pp2_vpp2", "move:pp2:cp2",
         *(f"masked:{name}" for name in ("tp2_sp", "pp2", "pp2_vpp2", "cp2_mbs2", "dp2")),
         "packed:cp2",
     ],
@@ -110,6 +110,13 @@ def test_a_changed_batch_size_reads_the_same_samples(results: dict[str, Any]) ->
     assert rows[-1]["tokens_by_source"] == results["layout:one"]["rows"][-1]["tokens_by_source"]
 
 
+@pytest.mark.parametrize("case", cases_of("rewind"))
+def test_a_rewind_is_bitwise_the_run_that_never_took_the_batch(results: dict[str, Any], case: str) -> None:
+    found = results[case]
+    assert found["found"] == found["expected"] and found["finished"]
+    assert found["kinds"][-4:] == ["checkpoint", "skip", "rewind", "resume"]
+
+
 def test_nan_is_refused_before_the_weights_are_touched(results: dict[str, Any]) -> None:
     assert "NaN" in results["nan"]["error"] and results["nan"]["unchanged"]
-    assert results["nan"]["step"] == 1
+    assert results["nan"]["step"] == 1 and results["nan"]["left_out"] == [[8, 8], [16, 8]]

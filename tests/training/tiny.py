@@ -30,6 +30,7 @@ OPTIM = dict(
 STAGE = dict(
     name="pretrain", seq_length=32, global_batch_size=8, tokens=256 * 6.0, rotary_base=10000, init_from=None,
     rampup_batch_size=None, replay_from_tokens=None, reset_attention_mask=False, reset_position_ids=False, eod_mask_loss=False,
+    deterministic=False,
     validation=dict(interval_tokens=1e9, max_tokens=256),
     checkpoint=dict(interval_tokens=1e9, keep_last=2, keep_every_tokens=None, keep_best=0, asynchronous=True),
 )  # fmt: skip
@@ -40,8 +41,8 @@ HEALTH = dict(
     grad_norm=dict(z=1e6, patience_steps=1, action="note", budget=9),
     straggler=dict(factor=100.0, rows=3, action="note", budget=9),
     corruption=dict(interval_steps=None, tolerance=0.0, action="restart", budget=1),
-    data_stall=dict(limit_s=60.0, action="note", budget=9), checkpoint=dict(action="restart", budget=1),
-    disk_low=dict(free_gib=0.0, action="note", budget=9), device_error=dict(interval_s=60.0, action="note", budget=9),
+    data_stall=dict(limit_s=60.0, action="note"), checkpoint=dict(action="restart", budget=1),
+    disk_low=dict(free_gib=0.0, action="note"), device_error=dict(interval_s=60.0, action="note", budget=9),
 )  # fmt: skip
 SHARES = {"a": 0.5, "b": 0.3, "c": 0.2}
 

@@ -268,7 +268,7 @@ def sum_losses(model: Any, rows: Rows, *, num_sources: int) -> Sums:
         loss_BS = token_losses(model, some).double().cpu().numpy()
         np.add.at(loss_N, some.source, np.where(counted_BS, loss_BS, 0.0).sum(axis=1))
         np.add.at(tokens_N, some.source, counted_BS.sum(axis=1))
-    return Sums(tuple(loss_N.tolist()), tuple(tokens_N.tolist()), stop=False)
+    return Sums(tuple(loss_N.tolist()), tuple(tokens_N.tolist()))
 
 
 def in_parts(rows: Rows) -> Iterator[Rows]:
