@@ -1,5 +1,5 @@
-"""What becomes of a job by how its ranks ended: a row for each exit class. Restarts that bring a run forward cost nothing;
-those in vain are counted."""
+"""What becomes of a job, or of a run on this machine, by how its ranks ended: a row for each exit class. Restarts that bring a
+run forward cost nothing; those in vain are counted."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,9 +20,8 @@ POLICY: dict[ExitClass, After] = {
     ExitClass.NEEDS_PERSON: "end",
     ExitClass.INTERRUPTED: "end",
 }
-# Starts in a row without one more checkpoint before a person has to look.
-MAX_FRUITLESS = 3
-# The same where Slurm asked each of them to save: a time limit that is too short for one step, say.
+# Starts in a row without one more checkpoint, each of which Slurm asked to save: a time limit that is too short for one step,
+# say. After faults it is `cluster.restarts` that says how many.
 MAX_ASKED = 10
 # Rows of events.jsonl that are a start: of ranks, or one that came to nothing for want of sound nodes.
 STARTS = ("start", "no_start")
@@ -37,14 +36,15 @@ class Verdict:
     reason: str | None = None
 
 
-def judge(ended: ExitClass, *, events: Sequence[dict[str, Any]]) -> Verdict:
-    """The table's row, unless the last starts have all been in vain."""
+def judge(ended: ExitClass, *, events: Sequence[dict[str, Any]], restarts: int) -> Verdict:
+    """The table's row, unless the last starts have all been in vain. `restarts`: how many may follow the first of them."""
     after = POLICY[ended]
     fruitless = fruitless_starts(events)
-    most = MAX_ASKED if ended is ExitClass.CHECKPOINTED else MAX_FRUITLESS
-    if after != "end" and fruitless >= most:
-        return Verdict("end", f"{fruitless} starts in a row have ended without one more checkpoint")
-    return Verdict(after)
+    most = MAX_ASKED if ended is ExitClass.CHECKPOINTED else restarts + 1
+    if after == "end" or fruitless < most:
+        return Verdict(after)
+    many = f"{fruitless} starts in a row have ended without one more checkpoint"
+    return Verdict("end", many if fruitless > 1 else f"ended as {ended.name}, and cluster.restarts is {restarts}")
 
 
 def fruitless_starts(events: Sequence[dict[str, Any]]) -> int:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -19,19 +19,20 @@ from launcher.config.schema import RunConfig
 from launcher.jobs.hang import HangWatch
 from launcher.plan.stage import plan_stage
 from launcher.report.live import LiveView
-from launcher.rundir.checkpoints import newest_checkpoint, stage_end
+from launcher.rundir.checkpoints import newest_checkpoint, stage_end, undo_replacing
 from launcher.rundir.exits import ExitClass
 from launcher.rundir.lock import lock_run
 from launcher.rundir.paths import RunDir
 from launcher.rundir.permissions import refuse_world_writable
 from launcher.rundir.records import append_record, read_records
+from launcher.rundir.stop import raise_flag
 
 REFRESH_S = 0.2
 FULL_BYTES = 1 << 20
 # Slurm's KillWait is half a minute.
 KILL_S = 45.0
-# What a launcher that was sent a signal writes into the stop flag.
-BY_SIGNAL = "signal"
+# Before a third start in vain: what broke the first two may need a moment to pass.
+RESTART_WAIT_S = 15.0
 TELLING = [kind.name for kind in (ExitClass.NEEDS_PERSON, ExitClass.REFUSED, ExitClass.BAD_NODE, ExitClass.STATE)]
 TELLING += [kind.name for kind in ExitClass if kind.name not in TELLING]
 
@@ -66,6 +67,7 @@ def train_stages(run: RunDir, config: RunConfig, *, ranks: Ranks, asked: list[in
         append_record(run.events, "start", command=sys.argv, pid=os.getpid(), **about)
         with ask_on_signal(run, view, ranks=ranks, watch=watch):
             for stage in config.stage_names:
+                undo_replacing(run, stage)
                 if stage_is_done(run, config, stage):
                     view.note(f"{stage}: done already")
                     continue
@@ -152,24 +154,23 @@ def ask_on_signal(run: RunDir, view: LiveView, *, ranks: Ranks, watch: Watch) ->
             signal.signal(kind, handler)
 
 
-def lower_flag(run: RunDir) -> None:
-    """Someone wants the run to go on. RunStateError where it is live: the flag is for its ranks."""
-    with lock_run(run):
-        run.stop_flag.unlink(missing_ok=True)
-
-
-def raise_flag(run: RunDir) -> None:
-    """Not over a person's."""
-    with suppress(FileExistsError), run.stop_flag.open("x") as file:
-        file.write(BY_SIGNAL)
-
-
-def person_asked(run: RunDir) -> bool:
-    """Whether the stop flag is there and no launcher's."""
+@contextmanager
+def signals_collected(kinds: Sequence[signal.Signals]) -> Iterator[list[int]]:
+    """While the block runs, signals are added to a list and do nothing else."""
+    came: list[int] = []
+    before: dict[signal.Signals, Any] = {kind: signal.signal(kind, lambda number, _: came.append(number)) for kind in kinds}
     try:
-        return run.stop_flag.read_text().strip() != BY_SIGNAL
-    except FileNotFoundError:
-        return False
+        yield came
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def wait_before_restart(run: RunDir, *, in_vain: int, asked: Sequence[int]) -> None:
+    """After so many starts `in_vain`. A signal or the stop flag ends the wait."""
+    deadline = time.monotonic() + (RESTART_WAIT_S if in_vain > 1 else 0.0)
+    while time.monotonic() < deadline and not asked and not run.stop_flag.exists():
+        time.sleep(1)
 
 
 def how_it_ended(run: RunDir, stage: str, *, skip: int, code: int) -> tuple[ExitClass, str | None]:

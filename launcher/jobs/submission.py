@@ -17,7 +17,7 @@ from launcher.config.schema import RunConfig
 from launcher.jobs.graph import DATA, EVAL, EXPORT, Planned, after_job, data_job, stage_job, sweep_job
 from launcher.jobs.queue import queued, submit_jobs, try_jobs, work_left
 from launcher.jobs.slurm import run_sbatch
-from launcher.jobs.stages import lower_flag, refuse_headless
+from launcher.jobs.stages import refuse_headless
 from launcher.plan.planner import check_fits
 from launcher.plan.preflight import check_data_ready, sources_to_make
 from launcher.plan.prepared import Prepared
@@ -26,6 +26,7 @@ from launcher.rundir.freeze import open_run, refuse_unopenable
 from launcher.rundir.paths import RunDir
 from launcher.rundir.permissions import check_key_file
 from launcher.rundir.records import append_record, write_json
+from launcher.rundir.stop import lower_flag
 
 BEHIND = (EXPORT, EVAL)
 

@@ -16,19 +16,18 @@ from launcher.jobs.local import rank_settings
 from launcher.jobs.nodes import INSPECT, Health, Step, check_nodes
 from launcher.jobs.policy import fruitless_starts, judge
 from launcher.jobs.slurm import duration_s, insist, show_job, slurm_says
-from launcher.jobs.stages import Ranks, lower_flag, person_asked, train_stages
+from launcher.jobs.stages import Ranks, signals_collected, train_stages, wait_before_restart
 from launcher.jobs.steps import Place, check_line, rank_line
 from launcher.rundir.code import child_environment
 from launcher.rundir.exits import ExitClass
 from launcher.rundir.lock import is_live
 from launcher.rundir.paths import RunDir
 from launcher.rundir.records import append_record, read_records
+from launcher.rundir.stop import lower_flag, person_asked
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # A file system frees the lock of a node that died when its lease ends.
 LOCK_WAIT_S = 180.0
-# Before a third start in vain: what broke the first two may need a moment to pass.
-RESTART_WAIT_S = 15.0
 # States of a node on which nothing is to be started; a star says that it does not answer.
 LOST = re.compile(r"down|drain|fail|error|unknown|.*\*$")
 # Of the nodes given: more than that do not fail at once, something is wrong with all.
@@ -68,12 +67,13 @@ class Attempt:
 
 def work(job: Job) -> ExitClass:
     """Trains the stages, through faults that may pass and nodes that fail; queues the job again where its end asks for it."""
+    job.note("job_start", restarts=job.allocation.restarts)
     if person_stopped(job):
         print(f"{job.run.name}: stopped by a person before it started")
         return ExitClass.INTERRUPTED
     while True:
         tried = attempt(job)
-        ended, verdict = tried.ended, judge(tried.ended, events=job.events())
+        ended, verdict = tried.ended, judge(tried.ended, events=job.events(), restarts=job.config.cluster.restarts)
         after = "requeue" if verdict.after == "restart" and (tried.too_few or must_requeue(job)) else verdict.after
         job.note("job_end", exit=ended.name, after=after, reason=verdict.reason)
         if after == "end":
@@ -86,14 +86,7 @@ def work(job: Job) -> ExitClass:
                 job.note("job_end", exit=ended.name, after="end", reason=refused)
                 print(f"{job.run.name}: not queued again: {refused}")
             return ended
-        wait_before_restart(job)
-
-
-def wait_before_restart(job: Job) -> None:
-    """A signal ends the wait."""
-    deadline = time.monotonic() + (RESTART_WAIT_S if fruitless_starts(job.events()) > 1 else 0.0)
-    while time.monotonic() < deadline and not job.asked and not job.run.stop_flag.exists():
-        time.sleep(1)
+        wait_before_restart(job.run, in_vain=fruitless_starts(job.events()), asked=job.asked)
 
 
 def person_stopped(job: Job) -> bool:
@@ -120,9 +113,11 @@ def attempt(job: Job) -> Attempt:
     if len(health.healthy) < wanted:
         job.note("no_start", reason=f"{len(health.healthy)} sound nodes, {wanted} wanted")
         return Attempt(ExitClass.BAD_NODE, too_few=True)
-    ended = train_on(job, nodes=health.healthy[:wanted])
-    for node, reason in faults_of_nodes(job.events()):
-        job.note("bad_node", node=node, reason=reason)
+    nodes = health.healthy[:wanted]
+    ended = train_on(job, nodes=nodes)
+    for node, reason in faults_of_nodes(job.events()).items():
+        if node in nodes:
+            job.note("bad_node", node=node, reason=reason)
     if ended is ExitClass.INTERRUPTED and not person_asked(job.run):
         return Attempt(ExitClass.CHECKPOINTED)  # Slurm asked: this process, or the ranks themselves
     return Attempt(ended)
@@ -191,14 +186,17 @@ def environment_of(job: Job, *, nodes: Sequence[str]) -> dict[str, str]:
     return {**child_environment(job.place.code.resolve()), **settings, "MASTER_ADDR": nodes[0], "MASTER_PORT": port}
 
 
-def faults_of_nodes(events: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
-    """Of the last start: where a rank said that its node is bad, or all others waited for the ranks of one."""
+def faults_of_nodes(events: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Of the last start, why by node: a rank said that its node is bad, or that another's is, which many may say at once; or
+    all others waited for the ranks of one."""
     last = max((index for index, row in enumerate(events) if row["kind"] == "start"), default=0)
+    found: dict[str, str] = {}
     for row in events[last:]:
         if row["kind"] == "fault" and row.get("exit") == ExitClass.BAD_NODE.name and row.get("node"):
-            yield row["node"], row["error"]
+            found.setdefault(row["node"], row["error"])
         if row["kind"] == "hang" and row["node"]:
-            yield row["node"], f"its ranks stood still in {row['phase']} after step {row['step']}"
+            found.setdefault(row["node"], f"its ranks stood still in {row['phase']} after step {row['step']}")
+    return found
 
 
 def must_requeue(job: Job) -> bool:
@@ -251,10 +249,5 @@ def signals_ignored() -> None:
 @contextmanager
 def signals_kept() -> Iterator[list[int]]:
     """Collects the signals of Slurm, from the first moment: none may end the job before it can be queued again."""
-    came: list[int] = []
-    before: dict[signal.Signals, Any] = {kind: signal.signal(kind, lambda number, _: came.append(number)) for kind in SIGNALS}
-    try:
+    with signals_collected(SIGNALS) as came:
         yield came
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)

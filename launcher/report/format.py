@@ -1,8 +1,10 @@
 """Numbers as people read them. None and NaN, a figure nobody has, become a dash."""
 
 import math
+from collections.abc import Mapping
 
 MISSING = "–"
+LOSSES = 5  # of a run, in a line
 
 
 def format_number(value: float | None, *, digits: int = 3) -> str:
@@ -31,6 +33,19 @@ def format_bytes(value: float) -> str:
 
 def format_percent(value: float | None, *, digits: int = 1) -> str:
     return MISSING if value is None or math.isnan(value) else f"{100 * value:.{digits}f}%"
+
+
+def format_cause(cause: str) -> str:
+    """Why time was lost."""
+    return {"start_up": "start-up"}.get(cause, cause.replace("_", " "))
+
+
+def format_losses(lost_s: Mapping[str, float], *, wall_s: float) -> str:
+    """With their parts of the time, of those that are some; they come with the largest first."""
+    parts = [
+        f"{format_cause(cause)} {format_percent(lost / wall_s)}" for cause, lost in lost_s.items() if lost >= wall_s / 2000
+    ]
+    return ", ".join(parts[:LOSSES])
 
 
 def format_duration(seconds: float | None) -> str:

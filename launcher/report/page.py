@@ -17,7 +17,7 @@ from launcher.config.schema import ModelConfig, RunConfig
 from launcher.report.figures import build_figures
 from launcher.report.history import History, read_history
 from launcher.report.summary import Summary, summarise
-from launcher.report.tables import cards, events_table, exposure_table, held_out_table, places_list, stages_table
+from launcher.report.tables import cards, events_table, exposure_table, held_out_table, places_list, stages_table, time_table
 from launcher.rundir.freeze import read_config
 from launcher.rundir.paths import RunDir
 from launcher.rundir.records import read_json, write_atomic
@@ -51,6 +51,7 @@ def render_page(run: RunDir, *, config: RunConfig, history: History, summary: Su
         plotly=_plotly_base64(),
         figures=_script_json(build_figures(history, config=config, summary=summary)),
         cards=cards(summary),
+        time=time_table(summary),
         stages=stages_table(summary, config=config),
         exposure=exposure_table(summary, config=config),
         held_out=held_out_table(summary),

@@ -1,5 +1,6 @@
 """What a run came to: per stage, per source, and its held-out loss against the unigram entropy of the same text."""
 
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,10 @@ from data_prep.statistics import unigram_entropy
 from data_prep.stream import SourceStream
 from launcher.config.schema import RunConfig
 from launcher.plan.prepared import folder_of
-from launcher.report.format import format_count, format_duration, format_number, format_percent
+from launcher.report.format import format_count, format_duration, format_losses, format_number, format_percent
 from launcher.report.history import History, StageHistory, first_value, last_value, read_history
+from launcher.rundir.goodput import MeasuredGoodput, measure_goodput
+from launcher.rundir.lock import is_live
 from launcher.rundir.order import stage_shares
 from launcher.rundir.paths import RunDir
 
@@ -74,6 +77,7 @@ class Summary:
     held_out_loss: float | None
     entropy: float | None
     places: dict[str, Path]
+    goodput: MeasuredGoodput | None
 
     @property
     def below_entropy(self) -> float | None:
@@ -95,6 +99,16 @@ class Summary:
         loss, entropy = format_number(self.held_out_loss), format_number(self.entropy)
         return f"held-out loss {loss} is {format_percent(abs(below))} {direction} the unigram entropy {entropy}"
 
+    @property
+    def goodput_line(self) -> str:
+        """Where the time went, in a sentence; empty before the first row."""
+        found = self.goodput
+        if found is None:
+            return ""
+        told = f"goodput {format_percent(found.goodput)} of {format_duration(found.wall_s)}"
+        lost = format_losses(dict(found.largest), wall_s=found.wall_s)
+        return f"{told}; lost: {lost}" if lost else told
+
 
 def summarise(run: RunDir, config: RunConfig, *, history: History | None = None) -> Summary:
     """Reads metrics, manifests and the held-out text; a `history` already read is used as it is."""
@@ -115,6 +129,7 @@ def summarise(run: RunDir, config: RunConfig, *, history: History | None = None)
         held_out_loss=weighted_mean({source.name: source.held_out_loss for source in sources}, weights=weights),
         entropy=weighted_mean({source.name: source.entropy for source in sources}, weights=weights),
         places=find_places(run, config=config),
+        goodput=measure_goodput(run, events=history.events, until=time.time() if is_live(run) else None),
     )
 
 
@@ -215,6 +230,8 @@ def print_summary(summary: Summary, *, console: Console | None = None) -> None:
     console.print(_source_table(summary))
     console.print(f"\n[bold]{summary.verdict}[/bold]", highlight=False)
     console.print(f"{format_count(summary.tokens)} tokens in {format_duration(summary.wall_s)}", highlight=False)
+    if summary.goodput:
+        console.print(summary.goodput_line, highlight=False, soft_wrap=True)
     width = max(map(len, summary.places))
     for name, path in summary.places.items():
         # soft_wrap: a path broken over two lines cannot be copied.

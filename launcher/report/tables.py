@@ -6,14 +6,36 @@ from html import escape
 from typing import Any
 
 from launcher.config.schema import RunConfig
-from launcher.report.format import MISSING, format_bytes, format_count, format_duration, format_number, format_percent
+from launcher.report.format import (
+    MISSING,
+    format_bytes,
+    format_cause,
+    format_count,
+    format_duration,
+    format_number,
+    format_percent,
+)
 from launcher.report.summary import SourceSummary, Summary
+from launcher.rundir.phases import PRODUCTIVE
 
 # Newest events shown; a long run checkpoints thousands of times.
 MAX_EVENTS = 300
 # Colours in page.css; sources past them start again, dashed in the charts.
 NUM_COLOURS = 8
 EVENT_FIELDS = ("time", "kind", "stage")
+WHERE_TIME_GOES = {
+    "productive": "steps that count, without their wait for data",
+    "queue": "waiting for Slurm to start a job",
+    "stopped": "nobody wanted it to run",
+    "start_up": "from the start of a job or stage to the first step: node checks, imports, loading",
+    "restart": "from a fault or rewind to the next step in the same job",
+    "hang": "ranks stood still, until it was noticed",
+    "recomputed": "steps that a restart or rewind threw away",
+    "checkpoint": "training stood still for a checkpoint",
+    "validation": "held-out loss",
+    "data_wait": "steps waited for their batches",
+    "other": "between steps, steps left out, steps not logged yet, the end of ranks",
+}
 
 
 def _table(columns: Iterable[str], *, rows: Iterable[Iterable[str]], empty: str) -> str:
@@ -70,6 +92,20 @@ def _swatch(name: str, *, index: int) -> str:
     return f'<span class="swatch" style="--colour:var(--series-{index % NUM_COLOURS})"></span>{escape(name)}'
 
 
+def time_table(summary: Summary) -> str:
+    """The wall time since the first start, divided: steps, then what was lost, the largest first."""
+    found = summary.goodput
+    parts = [(PRODUCTIVE, found.productive_s), *found.largest] if found else []
+    rows = [_time_row(cause, seconds=seconds, share=seconds / found.wall_s) for cause, seconds in parts if found]
+    return _table(("cause", "#hours", "#share", "", "what it is"), rows=rows, empty="No step is logged yet.")
+
+
+def _time_row(cause: str, *, seconds: float, share: float) -> tuple[str, ...]:
+    colour = "--good" if cause == PRODUCTIVE else "--bad"
+    bar = _bar(share, colour=colour)
+    return format_cause(cause), format_number(seconds / 3600, digits=2), format_percent(share), bar, WHERE_TIME_GOES[cause]
+
+
 def exposure_table(summary: Summary, *, config: RunConfig) -> str:
     """Tokens read of each source against what it has: the epochs, and the cap they may not pass."""
     shares = [f"#share in {name}" for name in config.stage_names]
@@ -110,8 +146,12 @@ def held_out_table(summary: Summary) -> str:
 def _ratio_bar(source: SourceSummary, *, index: int) -> str:
     if source.ratio is None:
         return MISSING
-    width = f"{100 * min(source.ratio, 1.0):.1f}%"
-    return f'<span class="bar"><span style="width:{width};--colour:var(--series-{index % NUM_COLOURS})"></span></span>'
+    return _bar(source.ratio, colour=f"--series-{index % NUM_COLOURS}")
+
+
+def _bar(part: float, *, colour: str) -> str:
+    width = f"{100 * min(part, 1.0):.1f}%"
+    return f'<span class="bar"><span style="width:{width};--colour:var({colour})"></span></span>'
 
 
 def events_table(events: tuple[dict[str, Any], ...]) -> str:

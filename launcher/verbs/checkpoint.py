@@ -1,5 +1,6 @@
 """The checkpoints of a run. action=list (the default) shows them; action=verify reads every file and compares it with what was
-written; action=prune keep=N removes all but the newest N of each stage, ends of stages and those that the config keeps.
+written; action=prune keep=N removes all but the newest N of each stage, ends of stages and those that the config keeps;
+action=convert rewrites the newest one, where only the layout it was saved in can go on from it, so that any can.
 
 Keys: action=list  stage=<all>  keep=N  runs_dir=runs"""
 
@@ -13,12 +14,23 @@ from rich.table import Table
 
 from launcher.config.errors import ConfigError, Problem
 from launcher.config.schema import RunConfig
+from launcher.jobs.convert import convert_newest
 from launcher.report.format import format_bytes, format_count
-from launcher.rundir.checkpoints import CheckpointError, Saved, damages, indexed, prune, read_checkpoint
+from launcher.rundir.checkpoints import (
+    FULLY_RESHARDABLE,
+    CheckpointError,
+    Meta,
+    Saved,
+    damages,
+    indexed,
+    prune,
+    read_checkpoint,
+)
 from launcher.rundir.exits import ExitClass, RunStateError
 from launcher.rundir.freeze import read_config
 from launcher.rundir.lock import describe_holder, is_live
 from launcher.rundir.paths import RunDir
+from launcher.rundir.reshard import describe_key
 from launcher.verbs.request import read_run_words, take_options
 from launcher.verbs.runs import RUNS_DIR, find_run, one_or_more
 
@@ -34,7 +46,7 @@ class Found:
 
 
 def run(words: Sequence[str]) -> int:
-    words, flags = take_options(words, allowed={"action": ("list", "verify", "prune")})
+    words, flags = take_options(words, allowed={"action": ("list", "verify", "prune", "convert")})
     names, options = read_run_words(words, keys=("stage", "keep", "runs_dir"))
     if len(one_or_more(names)) > 1:
         raise ConfigError(Problem("run", " ".join(names), "checkpoint takes one run", f"phidias checkpoint {names[0]}"))
@@ -45,6 +57,8 @@ def run(words: Sequence[str]) -> int:
         return remove(found, config, stages=stages, keep=read_keep(options))
     if "keep" in options:
         raise ConfigError(Problem("keep", options["keep"], "it says what action=prune leaves", "action=prune, or leave it out"))
+    if action == "convert":
+        return convert(found, config, stages=stages)
     rows = [row for stage in stages for row in find_all(found, stage=stage, whole=action == "verify")]
     show(rows)
     return ExitClass.STATE if action == "verify" and any(row.problem for row in rows) else ExitClass.DONE
@@ -85,25 +99,42 @@ def show(rows: Sequence[Found]) -> None:
         table.add_column(column, no_wrap=True)
     for column in ("tokens", "size"):
         table.add_column(column, justify="right", no_wrap=True)
-    for column in ("written (UTC)", "state"):
+    for column in ("UTC", "layout", "state"):
         table.add_column(column, no_wrap=True)
     for row in rows:
-        written = time.strftime("%Y-%m-%d %H:%M", time.gmtime(row.path.stat().st_mtime))
+        written = time.strftime("%m-%d %H:%M", time.gmtime(row.path.stat().st_mtime))
         meta = row.saved.meta if row.saved else None
         figures = (format_count(meta.tokens), format_bytes(sum(meta.files.values()))) if meta else ("–", "–")
         state = "refused" if row.problem else "stage end" if meta and meta.finished else "whole"
-        table.add_row(row.stage, row.path.name, *figures, written, state)
+        table.add_row(row.stage, row.path.name, *figures, written, readers(meta), state)
     console.print(table)
     for row in rows:
         if row.problem:
             console.print(row.problem, soft_wrap=True)
 
 
+def readers(meta: Meta | None) -> str:
+    """The layouts that can go on from it; of a fast one, whatever the data-parallel size."""
+    if meta is None:
+        return "–"
+    return "any" if meta.sharding == FULLY_RESHARDABLE else describe_key(meta.reshard)
+
+
+def convert(run: RunDir, config: RunConfig, *, stages: Sequence[str]) -> int:
+    """Of each stage; the first that fails ends it."""
+    for stage in stages:
+        ended = convert_newest(run, config, stage=stage)
+        if ended is not ExitClass.DONE:
+            return ended
+    return ExitClass.DONE
+
+
 def remove(run: RunDir, config: RunConfig, *, stages: Sequence[str], keep: int) -> int:
     if is_live(run):
         raise RunStateError(describe_holder(run))
     for stage in stages:
-        every = config.stage(stage).stage.checkpoint.keep_every_tokens
-        removed = prune(run.checkpoints(stage), keep_last=keep, keep_every_tokens=every)
+        policy = config.stage(stage).stage.checkpoint
+        every, best = policy.keep_every_tokens, policy.keep_best
+        removed = prune(run.checkpoints(stage), keep_last=keep, keep_every_tokens=every, keep_best=best)
         print(f"{stage}: removed {', '.join(removed) or 'nothing'}")
     return ExitClass.DONE

@@ -11,7 +11,7 @@ from launcher.config.compose import compose_run
 from launcher.config.errors import ConfigError, Problem
 from launcher.config.schema import RunConfig
 from launcher.jobs.allocation import Allocation, Remembered, fitted_to, read_allocation, remember, remembered, said_nodes
-from launcher.jobs.stages import lower_flag, refuse_headless
+from launcher.jobs.stages import refuse_headless
 from launcher.jobs.steps import place_of
 from launcher.jobs.work import Job, signals_kept, work
 from launcher.plan.planner import Planner, check_fits
@@ -21,6 +21,7 @@ from launcher.rundir.exits import ExitClass
 from launcher.rundir.freeze import open_run, read_config
 from launcher.rundir.paths import RunDir
 from launcher.rundir.permissions import check_key_file, refuse_world_writable
+from launcher.rundir.stop import lower_flag
 from launcher.verbs.request import Request
 
 OPTIONS: dict[str, tuple[str, ...]] = {}

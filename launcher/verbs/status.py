@@ -18,8 +18,9 @@ from launcher.jobs.accounting import FINISHING, EndedJob, LiveJob, belongs_to, e
 from launcher.jobs.queue import known_jobs
 from launcher.report.status_page import print_block, print_table
 from launcher.rundir.exits import ExitClass
-from launcher.rundir.goodput import is_number, measure_goodput
+from launcher.rundir.goodput import measure_goodput
 from launcher.rundir.lock import is_live
+from launcher.rundir.losses import is_number
 from launcher.rundir.paths import RunDir
 from launcher.rundir.records import parse_status, read_json, read_records
 from launcher.verbs.logs import newest_logs
@@ -78,7 +79,8 @@ def status_rows(runs: Sequence[RunDir]) -> list[Row]:
 
 def status_row(run: RunDir, *, events: Sequence[Row], live: Sequence[LiveJob], accounts: Sequence[EndedJob]) -> Row:
     """One run. `jobs` are those in Slurm's queue, `ended_jobs` those that ended, as the run and the accounts tell it; a local
-    run has none. Ratios are parts of 1, times are in seconds, None is a figure nobody has."""
+    run has none. Ratios are parts of 1, times are in seconds, None is a figure nobody has. `lost_s` is
+    the time since the first start that did not go into steps that count, by cause, the largest first."""
     status = parse_status(run.status.read_text(errors="replace")) if run.status.exists() else {}
     stage = status["stage"] if isinstance(status.get("stage"), str) else None
     numbers = {key: status[key] if is_number(status.get(key)) else None for key in NUMBERS}
@@ -86,8 +88,9 @@ def status_row(run: RunDir, *, events: Sequence[Row], live: Sequence[LiveJob], a
     others = {name: jobs for name, jobs in submitted_jobs(events).items() if plan and name not in plan}
     training = [job for job in live if not belongs_to(job.job, known={job for jobs in others.values() for job in jobs})]
     works = is_live(run) or any(job.state == "RUNNING" for job in training)
-    measured = measure_goodput(run, events=events, until=time.time() if works or training else None)
-    ends = {str(event.get("job")): event for event in events if event.get("kind") == "job_end"}
+    until = time.time() if works or training else None
+    measured = measure_goodput(run, events=events, until=until, waits=not works)
+    ends = {str(event.get("job")): event for event in events if event.get("kind") == "job_end" and event.get("job")}
     return {
         "name": run.name,
         "stage": stage,
@@ -95,6 +98,8 @@ def status_row(run: RunDir, *, events: Sequence[Row], live: Sequence[LiveJob], a
         **numbers,
         "mfu": mfu_of(plan.get(stage or "", {}), tokens_per_s=numbers["tokens_per_s"]),
         "goodput": round(measured.goodput, 4) if measured else None,
+        "wall_s": round(measured.wall_s, 1) if measured else None,
+        "lost_s": {cause: round(lost, 1) for cause, lost in measured.largest} if measured else {},
         "restarts": sum(event.get("kind") == "resume" for event in events),
         "last_fault": open_fault(events) or (None if works else vain_end(events)),
         "bad_nodes": bad_nodes(events),

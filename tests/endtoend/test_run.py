@@ -32,9 +32,11 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 def trained(prepared: Workspace) -> Iterator[Workspace]:
     """The run stopped by Ctrl-C after a few steps, with a second launch tried meanwhile, then trained to its end."""
     process = prepared.start_training()
-    prepared.wait_for_step(3, stage="small", process=process)
+    while not (prepared.run_dir / "logs").exists() and process.poll() is None:
+        time.sleep(0.1)  # its ranks are being started
     second = prepared.config("train", code=3)
     assert "run small is live" in second
+    prepared.wait_for_step(3, stage="small", process=process)
     assert prepared.interrupt(process) == 130
     prepared.config("train")
     yield prepared

@@ -1,11 +1,14 @@
 """Checkpoints on disk without torch: which one is gone on from, which are kept."""
 
+import math
 from pathlib import Path
 
 import pytest
 
 from launcher.rundir.checkpoints import (
+    DP_RESHARDABLE,
     FORMAT_VERSION,
+    FULLY_RESHARDABLE,
     CheckpointError,
     Meta,
     damages,
@@ -13,8 +16,10 @@ from launcher.rundir.checkpoints import (
     newest_checkpoint,
     prune,
     read_checkpoint,
+    set_later_aside,
     set_torn_aside,
     stage_end,
+    undo_replacing,
 )
 from launcher.rundir.paths import RunDir
 from launcher.rundir.records import append_record, read_json, replace_folder, write_json
@@ -25,7 +30,7 @@ def run(tmp_path: Path) -> RunDir:
     return RunDir(tmp_path / "run")
 
 
-def write(run: RunDir, step: int, *, finished: bool = False, size: int = 10) -> Path:
+def write(run: RunDir, step: int, *, finished: bool = False, size: int = 10, loss: float | None = None) -> Path:
     directory = run.checkpoints("pretrain")
     path = directory / f"step_{step:08d}"
     path.mkdir(parents=True, exist_ok=True)
@@ -33,7 +38,7 @@ def write(run: RunDir, step: int, *, finished: bool = False, size: int = 10) -> 
     meta = Meta(FORMAT_VERSION, "pretrain", step, step * 8, step * 256, finished, {}, {}, {}, {}, {"shard": size})
     write_json(path / "meta.json", vars(meta) | {"digests": {"shard": file_digest(path / "shard")}})
     digest = file_digest(path / "meta.json")
-    row = {"path": path.name, "finished": finished, "tokens": step * 256, "meta": digest}
+    row = {"path": path.name, "finished": finished, "tokens": step * 256, "validation_loss": loss, "meta": digest}
     append_record(directory / "index.jsonl", "checkpoint", **row)
     return path
 
@@ -89,8 +94,27 @@ def test_an_end_counts_for_the_horizon_it_reached(run: RunDir) -> None:
 def test_another_format_is_named_as_such(run: RunDir) -> None:
     path = write(run, 1)
     write_json(path / "meta.json", {**read_json(path / "meta.json"), "format_version": 99, "new": 1})
-    with pytest.raises(CheckpointError, match="format 99, this version reads 1"):
+    with pytest.raises(CheckpointError, match="format 99, this version reads up to 2"):
         read_checkpoint(path)
+
+
+def test_one_of_the_first_format_is_read_as_what_it_was(run: RunDir) -> None:
+    path = write(run, 100)
+    row = read_json(path / "meta.json")
+    added = ("sharding", "reshard", "health", "skipped_samples", "validation_loss")
+    write_json(path / "meta.json", {name: value for name, value in row.items() if name not in added} | {"format_version": 1})
+    meta = read_checkpoint(path).meta
+    assert (meta.sharding, meta.reshard, meta.skipped_samples, meta.validation_loss) == (FULLY_RESHARDABLE, {}, 0, None)
+
+
+def test_what_was_added_comes_back(run: RunDir) -> None:
+    path, added = (
+        write(run, 100),
+        {"sharding": DP_RESHARDABLE, "reshard": {"tp": 2}, "skipped_samples": 16, "validation_loss": 2.5},
+    )
+    write_json(path / "meta.json", read_json(path / "meta.json") | added)
+    meta = read_checkpoint(path).meta
+    assert {name: getattr(meta, name) for name in added} == added
 
 
 def test_replacing_a_folder_leaves_the_new_one_alone(tmp_path: Path) -> None:
@@ -150,3 +174,76 @@ def test_an_older_checkpoint_without_digests_is_read(run: RunDir) -> None:
     append_record(run.checkpoints("pretrain") / "index.jsonl", "checkpoint", path=path.name, finished=False)
     saved, refused = newest_checkpoint(run, "pretrain")
     assert saved and refused == [] and damages(saved) == []
+
+
+def names(run: RunDir) -> list[str]:
+    return sorted(path.name.removeprefix("step_000000") for path in run.checkpoints("pretrain").glob("step_*"))
+
+
+def test_the_best_stay(run: RunDir) -> None:
+    """Of lowest held-out loss; those that were not measured, or came to NaN, are not among them."""
+    for step, loss in ((10, 2.0), (20, 1.5), (30, None), (40, math.nan), (50, 1.7), (60, 1.9), (70, None)):
+        write(run, step, loss=loss)
+    prune(run.checkpoints("pretrain"), keep_last=1, keep_best=2)
+    assert names(run) == ["20", "50", "70"]
+    write(run, 20, loss=3.0)  # again, after a rewind: what it is now counts
+    write(run, 80, loss=1.8)
+    prune(run.checkpoints("pretrain"), keep_last=1, keep_best=2)
+    assert names(run) == ["50", "80"]
+
+
+def test_a_best_one_that_is_gone_keeps_no_place(run: RunDir) -> None:
+    for step, loss in ((10, 1.0), (20, 2.0), (30, 3.0), (40, 4.0)):
+        write(run, step, loss=loss)
+    prune(run.checkpoints("pretrain"), keep_last=3)
+    prune(run.checkpoints("pretrain"), keep_last=1, keep_best=1)
+    assert names(run) == ["20", "40"]
+
+
+@pytest.mark.parametrize("writing", ["step_00000030", "step_00000030.partial"])
+def test_what_is_being_written_is_no_leftover(run: RunDir, writing: str) -> None:
+    write(run, 10)
+    for step in (20, 30):
+        (run.checkpoints("pretrain") / f"step_000000{step}.partial").mkdir()
+    prune(run.checkpoints("pretrain"), keep_last=1, writing=writing)
+    assert names(run) == ["10", "30.partial"]
+
+
+def test_a_rewind_leaves_what_is_later_behind(run: RunDir) -> None:
+    for step in (10, 20, 30):
+        write(run, step)
+    assert set_later_aside(run, "pretrain", samples=10 * 8) == ["step_00000030", "step_00000020"]
+    saved, refused = newest_checkpoint(run, "pretrain")
+    assert saved and saved.meta.step == 10 and refused == []
+    write(run, 15)
+    prune(run.checkpoints("pretrain"), keep_last=9)
+    assert names(run) == ["10", "15", "20.rewound", "30.rewound"]  # for a look
+    write(run, 20)
+    prune(run.checkpoints("pretrain"), keep_last=9)
+    assert names(run) == ["10", "15", "20", "30.rewound"]
+    assert set_later_aside(run, "pretrain", samples=15 * 8) == ["step_00000020"]  # once more
+    write(run, 31)
+    prune(run.checkpoints("pretrain"), keep_last=9)
+    assert names(run) == ["10", "15", "31"]
+
+
+def test_what_a_rewind_left_behind_does_not_come_back(run: RunDir) -> None:
+    """Neither as the newest one nor as the milestone or the best that it was."""
+    for step, loss in ((2, 4.0), (4, 1.0), (6, 2.0)):
+        write(run, step, loss=loss)
+    set_later_aside(run, "pretrain", samples=2 * 8)
+    for step, loss in ((5, 3.0), (7, 3.5)):
+        write(run, step, loss=loss)
+    prune(run.checkpoints("pretrain"), keep_last=1, keep_every_tokens=1000.0, keep_best=1)
+    assert names(run) == ["05", "07"]  # 5 is the first past 1,000 tokens now, and the best
+    saved, refused = newest_checkpoint(run, "pretrain")
+    assert saved and saved.meta.step == 7 and refused == []
+
+
+def test_a_checkpoint_is_not_lost_between_two_renames(run: RunDir) -> None:
+    path = write(run, 100)
+    path.rename(path.with_name(f"{path.name}.old"))  # a crash, where its successor was to follow
+    assert newest_checkpoint(run, "pretrain")[0] is None
+    undo_replacing(run, "pretrain")
+    saved, refused = newest_checkpoint(run, "pretrain")
+    assert saved and saved.path == path and refused == []

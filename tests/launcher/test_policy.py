@@ -2,7 +2,7 @@
 
 import pytest
 
-from launcher.jobs.policy import MAX_FRUITLESS, POLICY, fruitless_starts, judge
+from launcher.jobs.policy import MAX_ASKED, POLICY, fruitless_starts, judge
 from launcher.rundir.exits import ExitClass
 
 START, CHECKPOINT = {"kind": "start"}, {"kind": "checkpoint"}
@@ -25,7 +25,7 @@ def test_every_exit_class_has_a_row():
     ],
 )
 def test_the_table(ended, after):
-    assert judge(ended, events=[START]).after == after
+    assert judge(ended, events=[START], restarts=1).after == after
 
 
 def test_starts_in_vain_are_counted_since_the_last_checkpoint():
@@ -37,10 +37,22 @@ def test_starts_in_vain_are_counted_since_the_last_checkpoint():
     assert fruitless_starts([START, START, {"kind": "submitted"}, START]) == 1  # a person has looked
 
 
-def test_a_person_has_to_look_after_starts_in_vain():
-    events = [CHECKPOINT, *[START] * MAX_FRUITLESS]
-    verdict = judge(ExitClass.RETRYABLE, events=events)
-    assert verdict.after == "end" and f"{MAX_FRUITLESS} starts" in str(verdict.reason)
-    assert judge(ExitClass.RETRYABLE, events=events[:-1]).after == "restart"
-    # What was asked to save has saved: progress, however short.
-    assert judge(ExitClass.CHECKPOINTED, events=events).after == "requeue"
+@pytest.mark.parametrize("restarts", [1, 2, 5])
+def test_a_person_has_to_look_after_starts_in_vain(restarts):
+    events = [CHECKPOINT, *[START] * (restarts + 1)]
+    verdict = judge(ExitClass.RETRYABLE, events=events, restarts=restarts)
+    assert verdict.after == "end" and f"{restarts + 1} starts" in str(verdict.reason)
+    assert judge(ExitClass.RETRYABLE, events=events[:-1], restarts=restarts).after == "restart"
+    assert judge(ExitClass.RETRYABLE, events=[*events, CHECKPOINT, START], restarts=restarts).after == "restart"
+
+
+def test_without_restarts_the_first_fault_ends_it():
+    verdict = judge(ExitClass.BAD_NODE, events=[CHECKPOINT, START], restarts=0)
+    assert verdict.after == "end" and "cluster.restarts is 0" in str(verdict.reason)
+
+
+def test_what_was_asked_to_save_has_saved():
+    """Progress, however short: `restarts` are those after faults."""
+    asked = [CHECKPOINT, *[START] * (MAX_ASKED - 1)]
+    assert judge(ExitClass.CHECKPOINTED, events=asked, restarts=0).after == "requeue"
+    assert judge(ExitClass.CHECKPOINTED, events=[*asked, START], restarts=0).after == "end"

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from launcher.report.history import read_history
 from launcher.report.page import write_report
 from launcher.report.summary import print_summary, summarise, weighted_mean
 from launcher.report.tables import describe_event
+from launcher.rundir.lock import lock_run
 from launcher.rundir.paths import RunDir
 from tests.training.tiny import run_config, stage_config
 
@@ -299,6 +301,16 @@ def test_missing_numbers_are_a_dash() -> None:
     assert (format_number(1.23456), format_percent(0.12345)) == ("1.235", "12.3%")
 
 
+def test_the_summary_says_where_the_time_went(finished: RunDir, config: RunConfig) -> None:
+    """20 s from the start on, of which ten steps of 0.1 s."""
+    found = summarise(finished, config).goodput
+    assert found and (found.wall_s, found.productive_s) == (20.0, pytest.approx(1.0))
+    assert sum(found.lost_s.values()) == pytest.approx(19.0)
+    output = io.StringIO()
+    print_summary(summarise(finished, config), console=Console(file=output, width=60))
+    assert "\ngoodput 5.0% of 20 s; lost: " in output.getvalue()
+
+
 # Curves
 
 
@@ -388,6 +400,27 @@ def test_page_is_self_contained_and_holds_figures_tables_and_config(finished: Ru
         assert part in page
 
 
+def test_the_page_divides_the_time(run: RunDir) -> None:
+    """In an hour: 6 minutes before the first step, 36 of steps, a wait of 18 minutes. A run that is live goes on."""
+    began = time.time() - 3600
+    told = {0: "job_start", 360: "stage_start", 2520: "stop", 2521: "job_end"}
+    rows = [{"time": began + at, "kind": kind, "stage": "pretrain", "job": "7"} for at, kind in told.items()]
+    write_rows(run.events, [row | ({"after": "requeue"} if row["kind"] == "job_end" else {}) for row in rows])
+    write_rows(run.metrics, [train_row(100, time=began + 2520, step_time_s=21.6, data_wait_s=0.0)])
+    with lock_run(run):
+        page = write_report(run).read_text()
+    table = re.search(r'<div class="time">(.*?)</table>', page, re.DOTALL)
+    assert table is not None
+    cells = [re.sub("<[^>]*>", "", cell) for cell in re.findall(r"<td.*?</td>", table[1], re.DOTALL)]
+    assert [cells[i : i + 3] for i in range(0, len(cells), 5)] == [
+        ["productive", "0.60", "60.0%"],
+        ["queue", "0.30", "30.0%"],
+        ["start-up", "0.10", "10.0%"],
+        ["other", "0.00", "0.0%"],
+    ]
+    assert cells[4].startswith("steps that count") and 'class="number">0.60' in table[1]
+
+
 def test_text_from_files_cannot_become_markup(finished: RunDir) -> None:
     write_rows(
         finished.events,
@@ -404,7 +437,7 @@ def test_a_run_that_has_not_begun_has_a_page(run: RunDir) -> None:
     page = write_report(run).read_text()
     assert "not started" in page
     assert figures_of(page)["entropy"] is None
-    assert "No step is logged yet." in page
+    assert page.count("No step is logged yet.") == 2
 
 
 def test_exposure_over_its_cap_is_marked(finished: RunDir) -> None:

@@ -208,9 +208,14 @@ def test_goodput_goes_on_while_a_run_waits(slurm, phidias, tmp_path):
     run.events.write_text(run.events.read_text() + json.dumps({"time": began, "kind": "start", "job": "7"}) + "\n")
     row = {"time": began + 100, "kind": "train", "stage": "pretrain", "step": 10, "step_time_s": 5.0}
     run.metrics.write_text(json.dumps(row) + "\n")
-    assert only(phidias("out=json"))["goodput"] == 0.5
+    found = only(phidias("out=json"))
+    assert (found["goodput"], found["wall_s"], found["lost_s"]) == (0.5, 100.0, {"start_up": 50.0})
     slurm(squeue='echo "7|PENDING|Resources"')
-    assert only(phidias("out=json"))["goodput"] == pytest.approx(0.05, rel=0.02)
+    found = only(phidias("out=json"))
+    assert found["goodput"] == pytest.approx(0.05, rel=0.02) and list(found["lost_s"]) == ["queue", "start_up"]
+    assert found["lost_s"]["queue"] == pytest.approx(900, rel=0.02) and found["wall_s"] == pytest.approx(1000, rel=0.02)
+    slurm(squeue='echo "7|RUNNING|None"')  # what it does since its last row is not known yet
+    assert list(only(phidias("out=json"))["lost_s"]) == ["other", "start_up"]
 
 
 def test_mfu_is_the_plans(tmp_path):
@@ -334,6 +339,12 @@ def test_a_run_that_is_named_has_a_block(slurm, phidias, tmp_path):
     append_record(run.events, "job_end", job="6", exit="RETRYABLE", after="end", reason="3 starts in a row in vain")
     append_record(run.events, "submitted", stage="data", job="5")
     append_record(run.events, "submitted", stage="pretrain,midtrain", job="9_1")
+    began = time.time() - 7200
+    told = [{"time": began, "kind": "start", "pid": 1}, {"time": began + 720, "kind": "stage_start", "stage": "pretrain"}]
+    with run.events.open("a") as file:
+        file.writelines(json.dumps(event) + "\n" for event in told)
+    row = {"time": began + 7200, "kind": "train", "stage": "pretrain", "step": 100, "step_time_s": 54.0, "data_wait_s": 1.8}
+    run.metrics.write_text(json.dumps(row) + "\n")
     run.logs.mkdir()
     for name in ("job_7.log", "pretrain.log"):
         (run.logs / name).touch()
@@ -346,6 +357,7 @@ def test_a_run_that_is_named_has_a_block(slurm, phidias, tmp_path):
         "  stages     pretrain  768 of 1,536 tokens, 50.0%; job 7 RUNNING, 9_1 PENDING",
         "             midtrain  0 of 768 tokens, 0.0%; job 8 PENDING, 9_1 PENDING",
         "  data       job 5 COMPLETED RUNNING",
+        "  lost       27.5% of 2 h 00 min: other 15.0%, start-up 10.0%, data wait 2.5%",
         "  ended      5_0  COMPLETED 0:0 after 1 h 00 min on n5",
         "             6  RETRYABLE, not started again: 3 starts in a row in vain; NODE_FAIL 1:0 after 1 d 1 h on n[1-4]",
         "  directory  runs/named",

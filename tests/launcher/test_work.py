@@ -2,6 +2,7 @@
 real cluster with real ranks the same is in tests/slurm/test_faults.py."""
 
 import signal
+from dataclasses import replace
 
 import pytest
 
@@ -11,12 +12,12 @@ from launcher.jobs import work as module
 from launcher.jobs.allocation import Allocation
 from launcher.jobs.node_rules import NodeFault
 from launcher.jobs.nodes import Health
-from launcher.jobs.stages import BY_SIGNAL
 from launcher.jobs.steps import place_of
 from launcher.jobs.work import Job, work
 from launcher.rundir.exits import ExitClass
 from launcher.rundir.paths import RunDir
 from launcher.rundir.records import append_record, read_records
+from launcher.rundir.stop import ANY_LAYOUT, BY_SIGNAL
 
 NODES = tuple(f"n{number}" for number in range(1, 9))
 RUNNING = "JobId=7 JobState=RUNNING RunTime=00:01:00 TimeLimit=01:00:00 Partition=gpu NumNodes=8 ExcNodeList=(null)\n"
@@ -39,7 +40,7 @@ class World:
             monkeypatch.setattr(module, name, getattr(self, name))
         monkeypatch.setattr("launcher.jobs.slurm.slurm_says", self.slurm_says)
         monkeypatch.setattr("launcher.jobs.slurm.time", self)
-        monkeypatch.setattr(module, "RESTART_WAIT_S", 0.0)
+        monkeypatch.setattr("launcher.jobs.stages.RESTART_WAIT_S", 0.0)
         monkeypatch.setattr(module, "signals_ignored", lambda: None)  # in this process they are the tests'
 
     def monotonic(self):
@@ -99,6 +100,13 @@ def test_starts_in_vain_end_for_a_person(world):
     assert "3 starts in a row" in world.events("job_end")[-1]["reason"]
 
 
+def test_the_config_says_how_many_starts_may_be_in_vain(world):
+    cluster = replace(world.job.config.cluster, restarts=4)
+    world.ends = [ExitClass.RETRYABLE] * 9
+    job = replace(world.job, config=replace(world.job.config, cluster=cluster))
+    assert work(job) is ExitClass.RETRYABLE and len(world.trained) == 5
+
+
 def test_a_bad_node_is_excluded_on_the_same_job(world):
     world.faults = [[NodeFault("n3", "7 GPUs")]]
     assert work(world.job) is ExitClass.BAD_NODE and not world.trained
@@ -128,6 +136,32 @@ def test_a_node_that_a_rank_calls_bad_is_left_out(tmp_path, monkeypatch):
 
     world.ends = [ended, ExitClass.DONE]
     assert work(world.job) is ExitClass.DONE and "n2" in world.trained[0] and "n2" not in world.trained[1]
+
+
+def test_a_node_that_all_ranks_name_is_left_out_once(tmp_path, monkeypatch):
+    """A straggler, or weights that differ: every rank knows whose they are, and ends for it."""
+    world = World(monkeypatch, tmp_path / "run", spare=1)
+
+    def ended():
+        for rank in range(56):
+            append_record(world.run.events, "fault", exit="BAD_NODE", node="n5", rank=rank, error="its weights differ")
+        append_record(world.run.events, "fault", exit="RETRYABLE", node="n1", rank=3, error="connection closed by peer")
+        return ExitClass.BAD_NODE
+
+    world.ends = [ended, ExitClass.DONE]
+    assert work(world.job) is ExitClass.DONE and "n5" not in world.trained[1] and "n1" in world.trained[1]
+    assert [(row["node"], row["reason"]) for row in world.events("bad_node")] == [("n5", "its weights differ")]
+
+
+def test_a_name_that_is_no_node_of_the_job_is_not_excluded(world):
+    """Slurm would refuse the whole exclusion for it."""
+
+    def ended():
+        append_record(world.run.events, "fault", exit="BAD_NODE", node="n5.cluster.local", rank=9, error="an ECC error")
+        return ExitClass.BAD_NODE
+
+    world.ends = [ended, ExitClass.DONE]
+    assert work(world.job) is ExitClass.DONE and len(world.trained) == 2 and not world.events("bad_node")
 
 
 def test_nodes_that_slurm_has_lost_are_not_asked(tmp_path, monkeypatch):
@@ -211,9 +245,10 @@ def test_ranks_that_slurm_asked_by_themselves(world):
     assert work(world.job) is ExitClass.CHECKPOINTED and world.updates == [("requeue", "7")]
 
 
-def test_a_person_stops_the_run(world):
+@pytest.mark.parametrize("flag", ["", ANY_LAYOUT])
+def test_a_person_stops_the_run(world, flag):
     def ended():
-        world.run.stop_flag.write_text("")
+        world.run.stop_flag.write_text(flag)
         return ExitClass.INTERRUPTED
 
     world.ends = [ended]
@@ -239,7 +274,7 @@ def test_a_signal_before_the_ranks_start(world):
 
 
 @pytest.mark.parametrize("restarts", [0, 1])
-@pytest.mark.parametrize(("flag", "trains"), [("", False), (BY_SIGNAL, True), (None, True)])
+@pytest.mark.parametrize(("flag", "trains"), [("", False), (ANY_LAYOUT, False), (BY_SIGNAL, True), (None, True)])
 def test_a_flag_that_was_raised_while_the_job_waited(tmp_path, monkeypatch, restarts, flag, trains):
     """A person's counts: whoever queues a run lowers the flag first. One of an earlier start's launcher does not."""
     world = World(monkeypatch, tmp_path / "run", restarts=restarts)

@@ -15,7 +15,8 @@ from tests.slurm.training import (
     workspace_of_slurm,
 )
 
-TOKENS = "stage.tokens=61440"  # 120 steps, a checkpoint every 16
+# 120 steps, a checkpoint every 16, there before the next step: what is gone on from is not a matter of chance.
+TOKENS = ("stage.tokens=61440", "stage.checkpoint.asynchronous=false")
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def workspace(tmp_path_factory):
 def undisturbed(workspace):
     """The losses of the same two ranks on this machine, by torchrun."""
     whole = workspace.named("whole")
-    whole.config("train", "stage=small", "cluster=local", TOKENS)
+    whole.config("train", "stage=small", "cluster=local", *TOKENS)
     return losses(whole)
 
 
@@ -40,7 +41,7 @@ def send(slurm, run, signal):
 
 def test_a_rank_that_is_killed_is_started_again_in_the_same_job(slurm, workspace, undisturbed):
     killed = workspace.named("killed")
-    number = submit(slurm, killed, TOKENS)
+    number = submit(slurm, killed, *TOKENS)
     until_step(killed, 20)
     send(slurm, killed, "KILL")
     (job,) = slurm.wait(number, "COMPLETED", timeout=STARTED_S)
@@ -52,7 +53,7 @@ def test_a_rank_that_is_killed_is_started_again_in_the_same_job(slurm, workspace
 def test_a_rank_that_stands_still_is_found_and_started_again(slow, slurm, workspace, undisturbed):
     """SIGSTOP: nothing fails, all others wait. They leave their stacks, it leaves none."""
     still = workspace.named("still")
-    number = submit(slurm, still, TOKENS, "monitor.hang.least_s=3", "monitor.hang.factor=1.1")
+    number = submit(slurm, still, *TOKENS, "monitor.hang.least_s=3", "monitor.hang.factor=1.1")
     until_step(still, 20)
     send(slurm, still, "STOP")
     (job,) = slurm.wait(number, "COMPLETED", timeout=STARTED_S)
@@ -73,7 +74,7 @@ def test_a_fatal_fault_ends_the_job(slurm, workspace):
 def test_preemption_saves_and_comes_back(slow, slurm, workspace, undisturbed):
     """Slurm tells the ranks by SIGTERM and the batch script by its own signal; the nodes are another's meanwhile."""
     low = workspace.named("low")
-    number = submit(slurm, low, TOKENS, nodes=2, options=["--exclusive", "--nodelist=" + ",".join(slurm.nodes[:2])])
+    number = submit(slurm, low, *TOKENS, nodes=2, options=["--exclusive", "--nodelist=" + ",".join(slurm.nodes[:2])])
     until_step(low, 20)
     wanted = ["--partition=high", "--exclusive", "--nodes=2", "--nodelist=" + ",".join(slurm.nodes[:2])]
     high = slurm.submit(["sbatch", *wanted, "--wrap=sleep 2"])
@@ -85,7 +86,7 @@ def test_preemption_saves_and_comes_back(slow, slurm, workspace, undisturbed):
 
 def test_a_node_that_dies_is_left_behind(slow, slurm, workspace, undisturbed):
     moved = workspace.named("moved")
-    number = submit(slurm, moved, TOKENS)
+    number = submit(slurm, moved, *TOKENS)
     until_step(moved, 20)
     first = moved.events("start")[0]["nodes"]
     slurm.kill_node(first[1])
@@ -97,7 +98,7 @@ def test_a_node_that_dies_is_left_behind(slow, slurm, workspace, undisturbed):
 def test_a_spare_node_stands_in(slow, slurm, workspace, undisturbed):
     """The job outlives the node: no queue, no other allocation."""
     spared = workspace.named("spared")
-    number = submit(slurm, spared, TOKENS, "cluster.spare_nodes=1", nodes=3, options=["--no-kill"])
+    number = submit(slurm, spared, *TOKENS, "cluster.spare_nodes=1", nodes=3, options=["--no-kill"])
     until_step(spared, 20)
     (start,) = spared.events("start")
     assert len(start["nodes"]) == 2
@@ -126,7 +127,7 @@ def test_a_node_that_fails_its_checks_is_excluded(slow, slurm, workspace):
 def test_a_job_that_someone_cancels_stays_cancelled(slow, slurm, workspace):
     """Its ranks save on SIGTERM; it must not put itself back into the queue."""
     cancelled = workspace.named("cancelled")
-    number = submit(slurm, cancelled, TOKENS)
+    number = submit(slurm, cancelled, *TOKENS)
     until_step(cancelled, 2)
     slurm.run("scancel", number)
     (job,) = slurm.wait(number, "CANCELLED", timeout=60)
@@ -136,7 +137,7 @@ def test_a_job_that_someone_cancels_stays_cancelled(slow, slurm, workspace):
 def test_stopping_a_run_that_waits_to_start_again(slow, slurm, workspace):
     """The stop flag of a person outlives a requeue; one that Slurm's signal raised does not."""
     waiting = workspace.named("waiting")
-    number = submit(slurm, waiting, TOKENS)
+    number = submit(slurm, waiting, *TOKENS)
     until_step(waiting, 2)
     slurm.run("scancel", "--batch", "--signal=USR1", number)
     until(lambda: [row["after"] for row in waiting.events("job_end")] == ["requeue"], what="the requeue")

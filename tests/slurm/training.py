@@ -14,6 +14,7 @@ CLUSTER = """defaults:
 
 name: lab
 kind: slurm
+restarts: 2
 num_nodes: 2
 gpus_per_node: 1
 """
