@@ -1,4 +1,4 @@
-# setup: .venv with everything pinned. demo, test, check, bench: what their names say; each sets up first.
+# setup: .venv with everything pinned. demo, test, chaos, check, bench: what their names say; each sets up first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ FIND_LINKS := $(shell $(PYTHON) -m pip config list 2>/dev/null | sed -n "s/.*fin
 # Every command starts faster from cached bytecode, also where the environment switches the cache off.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup demo test test-slow check bench clean
+.PHONY: setup demo test test-slow chaos check bench clean
 setup: $(STAMP)
 
 $(STAMP): setup.cfg constraints.txt Makefile
@@ -37,6 +37,10 @@ test: setup
 test-slow: setup
 	PHIDIAS_SLOW=1 $(BIN)/python -m pytest tests/training/test_ranks.py tests/launcher/test_planner_search.py tests/slurm
 
+# Faults of every kind at random moments, 200 in all: up to an hour, best on a machine with nothing else to do.
+chaos: setup
+	$(BIN)/python -m tests.chaos
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -49,6 +53,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.demo
 	$(BIN)/python -m benchmarks.planner
 	$(BIN)/python -m benchmarks.slurm
+	$(BIN)/python -m benchmarks.recovery
 
 clean:
 	rm -rf $(VENV)

@@ -7,6 +7,7 @@ hypothesis.settings.register_profile("phidias", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("phidias")
 
 LONGEST = (
+    "tests/chaos/test_chaos.py",
     "tests/training/test_ranks.py",
     "tests/endtoend/test_order.py",
     "tests/endtoend/test_run.py",
