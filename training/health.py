@@ -201,13 +201,13 @@ class Budgets:
 
 def count_actions(events: Iterable[Mapping[str, Any]], *, stage: str) -> dict[str, int]:
     """What was done about detections of the stage, by the part of monitor.health they belong to, since a person last queued or
-    amended the run, or it ended for one: who goes on after that has looked at it. Notes do not count."""
+    amended the run, or it ended for one: who goes on after that has looked at it."""
     counts: dict[str, int] = {}
     for event in events:
         kind = event.get("kind")
         if kind in BY_PERSON or (kind == "fault" and event.get("exit") == ExitClass.NEEDS_PERSON.name):
             counts = {}
-        elif kind in DETECTIONS and event.get("stage") == stage and event.get("action") != "note":
+        elif kind in DETECTIONS and event.get("stage") == stage and event.get("action") not in ("note", "stop"):
             counts[DETECTIONS[kind]] = counts.get(DETECTIONS[kind], 0) + 1
     return counts
 

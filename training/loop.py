@@ -141,6 +141,8 @@ class Trainer:
         meta = saved.meta
         self.checkpointer.load(saved, self.stage.optim)
         self.progress = Progress(meta.samples, meta.step, dict(meta.tokens_by_source))
+        self.times, self.validated = StepTimes(), None  # of steps that a rewind threw away
+        self.stepper.clock.take()
         self.guard.steps = StepHealth.from_json(self.config.monitor.health, meta.health)
         self.checkpointer.writer.last_bytes = sum(meta.files.values())
         self.metrics.event("resume", step=meta.step, path=saved.path.name)
@@ -226,9 +228,8 @@ class Trainer:
             again = self.stepper.gradients(batches, num_microbatches=count, flags=flags)
             self.guard.compare(result, again, step=self.progress.step + 1)
         # Now, before the update: after it the distributed optimizer gathers weights anew over whatever is damaged.
-        if self.guard.checks_replicas(
-            step=self.progress.step, saves=self.due(self.plan.checkpoint_samples, since=first, now=end)
-        ):
+        saves = end >= self.plan.num_samples or self.due(self.plan.checkpoint_samples, since=first, now=end)
+        if self.guard.checks_replicas(step=self.progress.step, saves=saves):
             self.guard.check_replicas(step=self.progress.step)
         return result, finding
 
