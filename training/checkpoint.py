@@ -95,8 +95,11 @@ class Checkpointer:
                 state["rng"] = self._rng_state()
             loaded = self._read(state, saved.path)
             self._load_weights(loaded)
-            with torch.no_grad():  # megatron-core's own for one form writes into leaves
-                self.optimizer.load_state_dict(loaded["optimizer"])
+            try:
+                with torch.no_grad():  # megatron-core's own for one form writes into leaves
+                    self.optimizer.load_state_dict(loaded["optimizer"])
+            except AssertionError as error:
+                raise CheckpointError(f"{saved.path} could not be read into this layout's optimizer: {error}") from error
         restore_settings(self.optimizer, optim)
         if same_ranks:
             set_rng(loaded["rng"][0])

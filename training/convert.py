@@ -1,16 +1,16 @@
 """Rewrites the newest checkpoint of a stage so that any layout can load it."""
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from launcher.config.schema import RunConfig
-from launcher.plan.stage import plan_stage
 from launcher.rundir.checkpoints import CheckpointError, newest_checkpoint
 from launcher.rundir.exits import ExitClass
 from launcher.rundir.paths import RunDir
+from launcher.rundir.records import append_record
 from training.checkpoint import Checkpointer
-from training.metrics import Metrics
 from training.model import build_model
 from training.optimizer import build_optimizer
 from training.parallel import initialize_parallel
@@ -28,9 +28,8 @@ def convert_stage(run: RunDir, config: RunConfig, *, stage_name: str, device: to
     chunks = build_model(stage, model=config.model, seed=config.run.seed, hardware=config.hardware, bucket_size=bucket_size)
     optimizer = build_optimizer(stage, chunks=chunks)
     checkpointer = Checkpointer(run, stage=stage_name, layout=stage.layout, chunks=chunks, optimizer=optimizer)
-    plan = plan_stage(frozen, cluster=config.cluster)
-    metrics = Metrics(run, config, stage=stage_name, plan=plan, is_writer=torch.distributed.get_rank() == 0)
-    saved = find_sound(run, stage_name, checkpointer=checkpointer, metrics=metrics)
+    checkpointer.writer.kind = "converted"
+    saved = find_sound(run, stage_name, checkpointer=checkpointer, note=partial(append_record, run.events, stage=stage_name))
     if saved is None:
         raise CheckpointError(f"{run.name} has no checkpoint of stage {stage_name}")
     checkpointer.load(saved, frozen.optim)

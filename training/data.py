@@ -21,6 +21,7 @@ from launcher.plan.prepared import folder_of, open_source, open_table
 from launcher.plan.stage import plan_stage
 from launcher.rundir.records import append_record
 from training.batch import PADDING, MicroBatch, Rows, micro_batches, stream_rows
+from training.left_out import LeftOut
 from training.parallel import Rank
 from training.rows import join_rows, packed_rows
 
@@ -70,7 +71,7 @@ class StageData:
         shards: Mapping[str, Mapping[str, FileState]] | None = None,
         left_out: Sequence[tuple[int, int]] = (),
     ):
-        self.left_out = list(left_out)
+        self.left_out = LeftOut(left_out)
         self.config, self.stage, self.seq_length = config, stage, stage.stage.seq_length
         self.names = names_of(phases or (), first=stage.mixture.sources)
         self.streams = [open_source(config, name) for name in self.names]
@@ -124,23 +125,6 @@ class StageData:
             num_windows = table.num_windows if table else None
             here[stream.name] = Consumed(position, self.seq_length, stream.digest, order.windows, num_windows)
         return {**self.start_ledger, **here}
-
-    def leave_out(self, first: int, end: int) -> None:
-        """From now on; `past` and what is read ahead know of it."""
-        self.left_out.append((first, end))
-
-    def past(self, sample: int) -> int:
-        """Where the batch begins that comes at `sample`: there, or behind what is left out there."""
-        ends = [end for first, end in self.left_out if first <= sample < end]
-        return self.past(max(ends)) if ends else sample
-
-    def left_out_before(self, samples: int) -> int:
-        """How many of the first `samples` no step was taken on."""
-        found, reached = 0, 0
-        for first, end in sorted(self.left_out):
-            first, end = max(first, reached), min(end, samples)
-            found, reached = found + max(0, end - first), max(reached, end)
-        return found
 
     def shares_at(self, samples: int) -> dict[str, float]:
         """The share of each source in the phase that the sample before lies in."""
@@ -261,7 +245,7 @@ class TrainingFeed:
         self.ahead.close()
 
     def _following(self, sample: int) -> int | None:
-        after = self.data.past(sample + self.plan.batch_size_at(sample))
+        after = self.data.left_out.past(sample + self.plan.batch_size_at(sample))
         return after if after < self.plan.num_samples else None
 
     def _slice(self, first_sample: int) -> tuple[int, int]:

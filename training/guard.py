@@ -18,7 +18,7 @@ from training.health import Budgets, Finding, StepHealth, count_actions
 from training.metrics import Metrics
 from training.pace import Slow, StragglerWatch, gather_pace, gather_places, ratios, summary
 from training.parallel import Rank
-from training.replicas import compare_replicas, same_result
+from training.replicas import compare_replicas, ranks_where, same_result
 from training.step import Result
 
 GIB = 1 << 30
@@ -47,6 +47,9 @@ class Guard:
         self.budgets = Budgets(self._spent(stage))
         # A node that the run is to leave, after a checkpoint.
         self.leaving: NodeError | None = None
+        self.failed_in_a_row = 0  # checkpoints
+        if self.devices.why_not and rank.device.type == "cuda":
+            metrics.event("not_watched", reason=self.devices.why_not)
 
     def judge(self, result: Result, *, first: int, end: int) -> Finding | None:
         """Of the step on samples [first, end), before its update."""
@@ -69,12 +72,14 @@ class Guard:
         """CorruptionError or NodeError where the same batch on the same weights came to something else."""
         tolerance = self.settings.corruption.tolerance
         first, second = (result.sums.loss, result.grad_norm), (again.sums.loss, again.grad_norm)
-        if same_result(first, second, tolerance=tolerance):
+        # One replica of many hardly moves the sums.
+        own = same_result((result.own_loss,), (again.own_loss,), tolerance=tolerance)
+        found = ranks_where(not own, rank=self.rank)
+        if not found and same_result(first, second, tolerance=tolerance):
             return
-        differs: list[bool] = [False] * self.rank.world_size
-        own = same_result((result.own_loss, 0.0), (again.own_loss, 0.0), tolerance=tolerance)
-        dist.all_gather_object(differs, not own)
-        ranks = [rank for rank, other in enumerate(differs) if other]
+        # The loss is the last pipeline stage's: any rank of the replica may be the cause.
+        replicas = {self.places[rank].dp_rank for rank in found}
+        ranks = [rank for rank, place in enumerate(self.places) if place.dp_rank in replicas]
         text = (
             f"step {step} computed twice: loss {first[0]!r}, then {second[0]!r}; gradient norm {first[1]!r}, then {second[1]!r}"
         )
@@ -106,7 +111,7 @@ class Guard:
         self.metrics.event(finding.kind, step=step, **finding.fields | {"action": action})
         if action != "stop":
             return action
-        why = f"step {step}: {finding.text}; the weights are as they were before it"
+        why = f"step {step}: {finding.text}; the update was not taken, and the run goes on from its last checkpoint"
         if finding.action != "stop":
             why += f". {finding.budget} such steps were left out before: monitor.health.{finding.kind}.budget"
         raise (NonFiniteError if finding.kind == "non_finite" else UnhealthyError)(why)
@@ -115,16 +120,18 @@ class Guard:
         """At a metrics row; times are means over the steps since the last one, in seconds. What it says of the ranks."""
         paces = gather_pace(self.rank, places=self.places, forward_s=compute_s, wait_s=waited_s, step_s=step_s)
         compared = ratios(paces)
-        for slow in self.stragglers.judge(compared):
+        if slow := self.stragglers.judge(compared):
             self._leave_behind(slow, step=step)
         return summary(paces, compared=compared)
 
-    def _leave_behind(self, slow: Slow, *, step: int) -> None:
-        rule = self.settings.straggler
+    def _leave_behind(self, found: Sequence[Slow], *, step: int) -> None:
+        """The slowest first; one node at a time is left, the others are told."""
+        rule, slow = self.settings.straggler, found[0]
         action = self._spend("straggler", rule.action, rule.budget)
-        self.metrics.event(
-            "straggler", step=step, action=action, value=slow.ratio, limit=rule.factor, rank=slow.rank, node=slow.node
-        )
+        for one in found:
+            done = action if one is slow else "note"
+            about = {"value": one.ratio, "limit": rule.factor, "rank": one.rank, "node": one.node}
+            self.metrics.event("straggler", step=step, action=done, **about)
         text = f"rank {slow.rank} on {slow.node} computes {slow.ratio:.2f} times as long as the others of its pipeline stage"
         if action == "stop":
             raise UnhealthyError(text)
@@ -139,10 +146,16 @@ class Guard:
             if rule.action == "stop":
                 raise UnhealthyError(f"step {step}: rank {self.rank.rank} waited {waited_s:.0f} s for its batch")
         if problem := self.devices.poll():
-            device = self.settings.device_error
-            self._tell_own("device_error", step=step, action=device.action, reason=problem)
-            if device.action != "note":
-                raise (NodeError if device.action == "requeue" else UnhealthyError)(f"GPU of rank {self.rank.rank}: {problem}")
+            action = self._of_device()
+            self._tell_own("device_error", step=step, action=action, reason=problem)
+            if action != "note":
+                raise (NodeError if action == "requeue" else UnhealthyError)(f"GPU of rank {self.rank.rank}: {problem}")
+
+    def _of_device(self) -> str:
+        """As the budget was when the ranks started: one rank alone sees its GPU."""
+        rule = self.settings.device_error
+        is_spent = rule.action == "requeue" and not self.budgets.allowed("device_error", rule.budget)
+        return "stop" if is_spent else rule.action
 
     def check_disk(self, *, step: int, last_bytes: int) -> None:
         """Before a checkpoint, of about as many bytes as the last one. DiskFullError where there is too little room, and a
@@ -160,10 +173,14 @@ class Guard:
                 "(monitor.health.disk_low). Fix: free space there, or lower stage.checkpoint.keep_last"
             )
 
-    def checkpoint_failed(self, error: CheckpointError, *, step: int) -> None:
-        """Raises it, unless the run is to go on without."""
+    def checkpoint_failed(self, error: CheckpointError, *, step: int, is_last: bool = False) -> None:
+        """Raises it, unless the run is to go on without: as often in a row as the budget says, and not where it is the last
+        one."""
         rule = self.settings.checkpoint
+        self.failed_in_a_row += 1
         action = "stop" if isinstance(error, DiskFullError) else self._spend("checkpoint", rule.action, rule.budget)
+        if action == "note" and (is_last or self.failed_in_a_row > rule.budget):
+            action = "restart"
         self.metrics.event("checkpoint_failed", step=step, action=action, error=str(error))
         if action == "stop" and not isinstance(error, DiskFullError):
             raise UnhealthyError(str(error)) from error

@@ -150,6 +150,11 @@ class StepHealth:
         self.loss.forget()
         self.grad_norm.forget()
 
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether the last steps were elevated, and more of them would be a finding."""
+        return any(series.elevated and not series.noted for series in (self.loss, self.grad_norm))
+
     def to_json(self) -> dict[str, Any]:
         """For meta.json; floats come back from JSON bit for bit."""
         return {"starts": list(self.starts), "loss": self.loss.to_json(), "grad_norm": self.grad_norm.to_json()}

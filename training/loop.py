@@ -16,16 +16,17 @@ from launcher.rundir.checkpoints import (
     CheckpointError,
     Meta,
     Saved,
+    newest_checkpoint,
     set_later_aside,
 )
 from launcher.rundir.exits import ExitClass
 from launcher.rundir.order import recorded_shards, recorded_skips, recorded_tables
 from launcher.rundir.paths import RunDir
-from launcher.rundir.reshard import reshard_key
+from launcher.rundir.reshard import describe_key, reshard_key
 from launcher.rundir.stop import wants_any_layout
 from training.checkpoint import Checkpointer, get_rng, layout_key, set_rng
 from training.data import HeldOutFeed, StageData, TrainingFeed, ledger_from_json, ledger_to_json
-from training.errors import NothingBeforeError
+from training.errors import CorruptionError, NodeError, NothingBeforeError, UnhealthyError
 from training.guard import Guard
 from training.health import Finding, StepHealth
 from training.heartbeat import Heartbeat
@@ -33,7 +34,7 @@ from training.metrics import Metrics, StepTimes
 from training.model import build_model
 from training.optimizer import build_optimizer, build_schedule, set_schedule
 from training.parallel import Rank
-from training.resuming import find_parent, find_sound, on_rank_0
+from training.resuming import find_parent, find_sound, is_before, is_readable, on_rank_0
 from training.startup import Phases
 from training.step import Flags, Result, Stepper, Sums, mixture_loss
 
@@ -60,6 +61,8 @@ def train_stage(
     trainer = Trainer(run, config, stage=stage, plan=plan, rank=rank, heartbeat=heartbeat, phases=phases)
     with stop_signals() as asked, quiet_garbage_collector():
         trainer.restore()
+        if trainer.owes_validation:
+            trainer.validate()
         while not trainer.is_finished:
             flags = trainer.train_step(trainer.own_flags(asked))
             if flags.stop and not trainer.is_finished:
@@ -67,7 +70,7 @@ def train_stage(
                 return trainer.finish("stop", ExitClass.INTERRUPTED)
             if trainer.due(plan.validation_samples):
                 trainer.validate()
-            if trainer.due(plan.checkpoint_samples):
+            if trainer.is_to_save():
                 trainer.save()
             if trainer.guard.leaving:
                 trainer.save(is_last=True)
@@ -97,7 +100,9 @@ class Trainer:
         self.progress, self.times, self.heartbeat, self.phases = Progress(), StepTimes(), heartbeat, phases
         self.metrics = Metrics(run, config, stage=stage.stage.name, plan=plan, is_writer=rank.rank == 0)
         self.metrics.status("starting")
-        chunks = build_model(stage, model=config.model, seed=config.run.seed, hardware=config.hardware)
+        self.key = on_rank_0(self.reshard_key)
+        bucket_size = self.key["bucket_size"]
+        chunks = build_model(stage, model=config.model, seed=config.run.seed, hardware=config.hardware, bucket_size=bucket_size)
         phases.mark("model_s")
         optimizer = build_optimizer(stage, chunks=chunks)
         self.schedule = build_schedule(stage, plan=plan, optimizer=optimizer)
@@ -106,16 +111,25 @@ class Trainer:
         self.guard = Guard(run, config, stage=stage.stage.name, rank=rank, chunks=chunks, metrics=self.metrics)
         self.data: StageData | None = None
         self.validated: tuple[int, float] | None = None  # a step, and the held-out loss at it
+        self.save_is_due = self.owes_validation = False
         phases.mark("optimizer_s")
 
     @property
     def is_finished(self) -> bool:
         return self.progress.samples >= self.plan.num_samples
 
+    def reshard_key(self) -> dict[str, Any]:
+        """What a fast checkpoint of this layout can be loaded by. Its buckets are those of the newest one, whatever the
+        data-parallel size is by now."""
+        key = reshard_key(self.stage, cluster=self.config.cluster)
+        newest, _ = newest_checkpoint(self.run, self.stage.stage.name)
+        before = newest.meta.reshard.get("bucket_size") if newest else None
+        return key | {"bucket_size": before} if before and key["bucket_size"] else key
+
     def restore(self) -> None:
         """Goes on from the newest valid checkpoint of the stage, else from the end of the stage it starts from."""
         init_from = self.stage.stage.init_from
-        saved = find_sound(self.run, self.stage.stage.name, checkpointer=self.checkpointer, metrics=self.metrics)
+        saved = find_sound(self.run, self.stage.stage.name, checkpointer=self.checkpointer, note=self.metrics.event)
         if saved:
             self.open_data(start=saved.meta.start_ledger, consumed=saved.meta.ledger)
             self.load(saved)
@@ -129,7 +143,7 @@ class Trainer:
         else:
             self.open_data(start={})
             self.metrics.event("stage_start", init_from=None)
-        self.progress.samples = self.opened.past(self.progress.samples)
+        self.progress.samples = self.begin_at(self.progress.samples)
         skipped = {name: tokens for name, tokens in self.opened.skipped_tokens.items() if tokens}
         if skipped and saved is None:
             self.metrics.event("ledger_skip", tokens_by_source=skipped)
@@ -139,12 +153,20 @@ class Trainer:
 
     def load(self, saved: Saved) -> None:
         meta = saved.meta
+        if not is_readable(saved, key=self.key):
+            raise CheckpointError(
+                f"{saved.path} is {meta.sharding}, of the layout {describe_key(meta.reshard)}: this one cannot load it. Fix: "
+                "give the stage that layout again, or a newer checkpoint back its files"
+            )
         self.checkpointer.load(saved, self.stage.optim)
         self.progress = Progress(meta.samples, meta.step, dict(meta.tokens_by_source))
         self.times, self.validated = StepTimes(), None  # of steps that a rewind threw away
         self.stepper.clock.take()
         self.guard.steps = StepHealth.from_json(self.config.monitor.health, meta.health)
         self.checkpointer.writer.last_bytes = sum(meta.files.values())
+        since = meta.samples - self.plan.batch_size_at(max(0, meta.samples - 1))
+        owed = self.due(self.plan.validation_samples, since=since, now=meta.samples)
+        self.owes_validation = owed and meta.validation_loss is None  # it was stopped there
         self.metrics.event("resume", step=meta.step, path=saved.path.name)
 
     def recalled(self, parent: Saved) -> LedgerRows:
@@ -198,8 +220,12 @@ class Trainer:
         self.phases.mark("first_batch_s")
         end = first + self.plan.batch_size_at(first)
         lr = set_schedule(self.schedule, samples=end)
-        result, finding = self.compute(batches, flags=own, first=first, end=end)
-        action = self.guard.act(finding, step=self.progress.step + 1) if finding else "note"
+        try:
+            result, finding = self.compute(batches, flags=own, first=first, end=end)
+            action = self.guard.act(finding, step=self.progress.step + 1) if finding else "note"
+        except (UnhealthyError, CorruptionError, NodeError):  # on all ranks: what is being written is from before
+            self.publish()
+            raise
         if action == "note":
             self.update(result, end=end)
         took = time.perf_counter() - began
@@ -228,7 +254,8 @@ class Trainer:
             again = self.stepper.gradients(batches, num_microbatches=count, flags=flags)
             self.guard.compare(result, again, step=self.progress.step + 1)
         # Now, before the update: after it the distributed optimizer gathers weights anew over whatever is damaged.
-        saves = end >= self.plan.num_samples or self.due(self.plan.checkpoint_samples, since=first, now=end)
+        is_due = self.due(self.plan.checkpoint_samples, since=first, now=end)
+        saves = is_due or self.save_is_due or result.sums.flags.stop or end >= self.plan.num_samples
         if self.guard.checks_replicas(step=self.progress.step, saves=saves):
             self.guard.check_replicas(step=self.progress.step)
         return result, finding
@@ -247,27 +274,52 @@ class Trainer:
     def go_to(self, sample: int) -> None:
         """The next batch begins there, or behind what is left out there. Losses of another mixture are not judged by those
         before."""
-        before, self.progress.samples = self.progress.samples, self.opened.past(sample)
+        before, self.progress.samples = self.progress.samples, self.begin_at(sample)
         self.progress.last_batch = self.progress.samples - before
         if any(before < row.start_sample <= self.progress.samples for row in self.opened.phases):
             self.guard.steps.forget()
+
+    def begin_at(self, sample: int) -> int:
+        """Where the batch begins that comes at `sample`. One that reaches into what is left out, for the batch size has changed
+        since, is left out whole."""
+        sample = self.opened.left_out.past(sample)
+        while (end := self.opened.left_out.reaches(sample, sample + self.plan.batch_size_at(sample))) is not None:
+            self.metrics.event(
+                "skip", step=self.progress.step, first_sample=sample, num_samples=end - sample, cause="batch size"
+            )
+            self.opened.left_out.add(sample, end)
+            sample = self.opened.left_out.past(sample)
+        return sample
 
     def leave_out(self, finding: Finding, *, first: int, end: int, action: str) -> None:
         """Goes on behind the batches that a finding names, from here or from the checkpoint before them. For good: an event
         says so, and every later start reads it."""
         if action == "rewind":
             first = finding.first_sample
+            self.make_way(first)
         cause, name = finding.kind, self.stage.stage.name
         self.metrics.event("skip", step=self.progress.step, first_sample=first, num_samples=end - first, cause=cause)
-        self.opened.leave_out(first, end)
+        self.opened.left_out.add(first, end)
         if action == "skip":
             self.go_to(end)
             return
         with self.heartbeat.pause("rewind", step=self.progress.step):
-            self.publish()
             on_rank_0(lambda: set_later_aside(self.run, name, samples=first))
             self.metrics.event("rewind", step=self.progress.step, first_sample=first, cause=cause)
             self.restore()
+
+    def make_way(self, sample: int) -> None:
+        """For a rewind to before it. UnhealthyError where no checkpoint is left that was written before: later ones are not
+        thrown away for one step. Where the stage has none at all it begins anew."""
+        write = self.checkpointer.writer.write
+        if write is not None and write.meta.samples > sample:
+            self.checkpointer.writer.abandon()  # published, it would push out the one to go back to
+        self.publish()
+        if on_rank_0(lambda: is_before(self.run, self.stage.stage.name, samples=sample, key=self.key)) is False:
+            raise UnhealthyError(
+                f"no checkpoint from before sample {sample} is left to rewind to; later ones are as they were. Fix: more of "
+                "stage.checkpoint.keep_last, or another monitor.health action, and start again"
+            )
 
     def count(self, sums: Sums) -> None:
         for name, tokens in sums.tokens_by_source(self.opened.names).items():
@@ -319,15 +371,24 @@ class Trainer:
             seconds=round(time.perf_counter() - began, 3),
         )
 
+    def is_to_save(self) -> bool:
+        """At an interval; not amid steps that may yet be rewound, which come first."""
+        self.save_is_due |= self.due(self.plan.checkpoint_samples)
+        return self.save_is_due and not self.guard.steps.is_in_doubt
+
     def save(self, *, any_layout: bool = False, is_last: bool = False) -> None:
         """Begins a checkpoint, unless no step has been taken yet: a start has all there is. The last one is waited for."""
         if not self.progress.step:
             return
         self.publish()
+        self.save_is_due = False
         policy, step = self.stage.stage.checkpoint, self.progress.step
         with self.heartbeat.pause("checkpoint", step=step):
             self.guard.check_disk(step=step, last_bytes=self.checkpointer.writer.last_bytes)
-            self.checkpointer.save(self.meta(), policy=policy, any_layout=any_layout, wait=is_last)
+            try:
+                self.checkpointer.save(self.meta(), policy=policy, any_layout=any_layout, wait=is_last)
+            except CheckpointError as error:
+                self.guard.checkpoint_failed(error, step=step, is_last=True)
         if not policy.asynchronous:
             self.publish()
 
@@ -339,6 +400,7 @@ class Trainer:
         with self.heartbeat.pause("checkpoint", step=self.progress.step):
             try:
                 self.checkpointer.writer.finish()
+                self.guard.failed_in_a_row = 0
             except CheckpointError as error:
                 self.guard.checkpoint_failed(error, step=self.progress.step)
             self.metrics.goodput(samples=self.progress.samples)
@@ -357,9 +419,9 @@ class Trainer:
             start_ledger=ledger_to_json(self.opened.start_ledger),
             tokens_by_source=dict(self.progress.tokens_by_source),
             files={},
-            reshard=reshard_key(self.stage, cluster=self.config.cluster),
+            reshard=self.key,
             health=self.guard.steps.to_json(),
-            skipped_samples=self.opened.left_out_before(samples),
+            skipped_samples=self.opened.left_out.before(samples),
             validation_loss=loss if step == self.progress.step else None,
         )
 

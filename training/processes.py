@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import multiprocessing
+import queue
 import signal
 from collections.abc import MutableMapping
 from multiprocessing.managers import SyncManager
@@ -39,3 +40,12 @@ def own_results_queue() -> None:
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
         manager.start(initializer=die_with_parent)
         filesystem_async._results_queue = manager.Queue()
+
+
+def forget_results() -> None:
+    """What writers have said whose write is not wanted any more: the next one must not take it for its own."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    with contextlib.suppress(queue.Empty):
+        while True:
+            filesystem_async._results_queue.get_nowait()

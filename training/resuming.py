@@ -1,23 +1,34 @@
 """The checkpoint to go on from: the first rank looks, all ranks read a part of its files, all come to the same answer."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from launcher.config.schema import RunConfig, StageConfig
 from launcher.plan.stage import plan_stage
-from launcher.rundir.checkpoints import CheckpointError, Saved, newest_checkpoint, set_torn_aside, stage_end
+from launcher.rundir.checkpoints import (
+    FULLY_RESHARDABLE,
+    CheckpointError,
+    Saved,
+    indexed,
+    newest_checkpoint,
+    read_checkpoint,
+    set_torn_aside,
+    stage_end,
+)
 from launcher.rundir.paths import RunDir
+from launcher.rundir.reshard import unlike
 from training.checkpoint import Checkpointer
-from training.metrics import Metrics
 
+Note = Callable[..., None]
 Found = TypeVar("Found")
 
 
-def find_sound(run: RunDir, stage: str, *, checkpointer: Checkpointer, metrics: Metrics) -> Saved | None:
+def find_sound(run: RunDir, stage: str, *, checkpointer: Checkpointer, note: Note) -> Saved | None:
     """The newest checkpoint of the stage whose files are what was written. CheckpointError where there are some and none is
-    valid: a run must not begin anew for that."""
+    valid: a run must not begin anew for that. `note` is told of those that were passed over, as events."""
     damaged: dict[str, str] = {}
     while True:
         saved = on_rank_0(lambda: newest_valid(run, stage, damaged=damaged))
@@ -25,7 +36,7 @@ def find_sound(run: RunDir, stage: str, *, checkpointer: Checkpointer, metrics: 
         if saved is None:
             return None
         if not found:
-            on_rank_0(lambda: set_aside(run, stage, damaged=damaged, metrics=metrics))
+            on_rank_0(lambda: set_aside(run, stage, damaged=damaged, note=note))
             return saved
         damaged[saved.path.name] = "; ".join(found[:3])
 
@@ -39,13 +50,31 @@ def newest_valid(run: RunDir, stage: str, *, damaged: Mapping[str, str]) -> Save
     return saved
 
 
-def set_aside(run: RunDir, stage: str, *, damaged: Mapping[str, str], metrics: Metrics) -> None:
+def set_aside(run: RunDir, stage: str, *, damaged: Mapping[str, str], note: Note) -> None:
     """What was passed over for a sound checkpoint; events say why."""
     _, torn = newest_checkpoint(run, stage, passing=damaged)
     for reason in [*damaged.values(), *torn]:
-        metrics.event("checkpoint_refused", reason=reason)
+        note("checkpoint_refused", reason=reason)
     if damaged or torn:
         set_torn_aside(run, stage, damaged=damaged)
+
+
+def is_readable(saved: Saved, *, key: Mapping[str, Any]) -> bool:
+    """Whether the layout of `key` (rundir/reshard.py) can load it."""
+    if saved.meta.sharding == FULLY_RESHARDABLE:
+        return True
+    return not unlike(saved.meta, dict(key)) and saved.meta.reshard.get("bucket_size") == key["bucket_size"]
+
+
+def is_before(run: RunDir, stage: str, *, samples: int, key: Mapping[str, Any]) -> bool | None:
+    """Whether there is a checkpoint of at most so many samples to rewind to; None where the stage has none at all."""
+    found = []
+    for path, digest in indexed(run, stage):
+        with suppress(CheckpointError):
+            found.append(read_checkpoint(path, digest=digest))
+    if not found:
+        return None
+    return any(saved.meta.samples <= samples and is_readable(saved, key=key) for saved in found)
 
 
 def find_parent(run: RunDir, config: RunConfig, *, stage: StageConfig, checkpointer: Checkpointer) -> Saved:
@@ -75,8 +104,8 @@ def on_rank_0(find: Callable[[], Found]) -> Found:
     if dist.get_rank() == 0:
         try:
             answer[0] = find()
-        except CheckpointError as error:
-            answer[1] = error
+        except Exception as error:  # all ranks wait for the answer
+            answer[1] = error if isinstance(error, CheckpointError) else RuntimeError(f"{type(error).__name__}: {error}")
     dist.broadcast_object_list(answer, src=0)
     if answer[1] is not None:
         raise answer[1]

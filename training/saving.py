@@ -30,7 +30,7 @@ from launcher.rundir.checkpoints import (
 from launcher.rundir.paths import RunDir
 from launcher.rundir.records import append_record, read_json, replace_folder, write_json
 from training.errors import is_disk_full
-from training.processes import own_results_queue
+from training.processes import forget_results, own_results_queue
 
 DIGESTS = ".digests_{rank}"  # what a rank's writers leave for it
 ROW = ("stage", "step", "samples", "tokens", "finished", "sharding", "validation_loss")
@@ -60,6 +60,7 @@ class Writer:
         self.caller = TemporalAsyncCaller()
         self.write: Write | None = None
         self.last_bytes = 0  # of the last checkpoint, as the first rank knows it
+        self.kind = "checkpoint"  # of its event
         self.strategies: dict[str, FullyParallelSaveStrategyWrapper] = {}
         own_results_queue()
 
@@ -108,6 +109,16 @@ class Writer:
             full, why = problem
             raise unwritten(write.partial, full=full, why=why)
         return write.final
+
+    def abandon(self) -> None:
+        """Ends the write that was begun, unpublished."""
+        write, self.write = self.write, None
+        if write is not None:
+            self.caller.close(abort=True)
+            forget_results()
+            dist.barrier()
+            if dist.get_rank() == 0:
+                shutil.rmtree(write.partial, ignore_errors=True)
 
     def _strategy(self, sharding: str) -> FullyParallelSaveStrategyWrapper:
         if sharding not in self.strategies:
@@ -158,7 +169,7 @@ class Writer:
         append_record(self.directory / "index.jsonl", "checkpoint", **row, meta=file_digest(write.final / "meta.json"))
         now = time.monotonic()
         took = {"seconds": round(now - write.began, 3), "stall_s": round(write.stall_s + now - waited, 3)}
-        append_record(self.run.events, "checkpoint", **row, **took, bytes=self.last_bytes)
+        append_record(self.run.events, self.kind, **row, **took, bytes=self.last_bytes)
         keep = {name: getattr(write.policy, name) for name in ("keep_last", "keep_every_tokens", "keep_best")}
         prune(self.directory, **keep)
 

@@ -4,7 +4,6 @@ that must be refused or survived on the way."""
 import contextlib
 import json
 import os
-import resource
 import shutil
 import signal
 import socket
@@ -101,42 +100,6 @@ def test_exported_logits_are_megatrons(trained: Workspace, stage: str) -> None:
     assert held_out["agrees"] and abs(held_out["mixture"]["difference"]) < 1e-5
 
 
-def test_a_torn_checkpoint_is_passed_over(trained: Workspace) -> None:
-    """The newest checkpoint lost a file's end: the run says so and goes on from the one before."""
-    copy = clone(trained, "torn")
-    newest = sorted((copy / "checkpoints" / "small").glob("step_*"))[-1]
-    shard = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
-    os.truncate(shard, shard.stat().st_size // 2)
-    (copy / "checkpoints" / "small" / "index.jsonl").write_text(
-        "".join(line for line in index_lines(copy) if '"finished": true' not in line) + torn_row(newest.name)
-    )
-    trained.named("torn").config("train", "stage=small")
-    events = [json.loads(line) for line in (copy / "events.jsonl").read_text().splitlines()]
-    refused = next(row for row in events if row["kind"] == "checkpoint_refused")
-    assert "the checkpoint is torn" in refused["reason"] and shard.name in refused["reason"]
-    assert [row["step"] for row in events if row["kind"] == "resume"][-1] < 40
-    assert losses(trained, "torn", "small")[40] == losses(trained, "small", "small")[40]
-
-
-def test_a_full_disk_leaves_the_last_checkpoint_valid(prepared: Workspace) -> None:
-    """A limit on the size of files stands in for a full disk: the write fails part way, as it would there."""
-    full = prepared.named("full")
-    process = full.start_training("stage=small")
-    full.wait_for_step(3, stage="small", process=process)
-    assert full.interrupt(process) == 130
-    saved = sorted(path.name for path in full.run_dir.glob("checkpoints/small/step_*"))
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
-    try:
-        output = full.config("train", "stage=small", code=13)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "the disk is full" in output and "earlier checkpoints are untouched" in output
-    assert sorted(path.name for path in full.run_dir.glob("checkpoints/small/step_*")) == saved
-    full.config("train", "stage=small")
-    assert [row["exit"] for row in full.events("stage_done")] == ["DONE"]
-
-
 def test_a_port_in_use_is_refused(prepared: Workspace) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -198,10 +161,6 @@ def clone(workspace: Workspace, name: str) -> Path:
 
 def index_lines(run: Path) -> list[str]:
     return (run / "checkpoints" / "small" / "index.jsonl").read_text().splitlines(keepends=True)
-
-
-def torn_row(name: str) -> str:
-    return json.dumps({"kind": "checkpoint", "path": name, "finished": False, "samples": 320, "step": 40}) + "\n"
 
 
 def test_shards_that_megatron_wrote_are_taken_over(prepared: Workspace) -> None:

@@ -1,10 +1,16 @@
 """Checkpoints on disk without torch: which one is gone on from, which are kept."""
 
 import math
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from launcher.rundir import checkpoints as module
 from launcher.rundir.checkpoints import (
     DP_RESHARDABLE,
     FORMAT_VERSION,
@@ -13,8 +19,10 @@ from launcher.rundir.checkpoints import (
     Meta,
     damages,
     file_digest,
+    lost,
     newest_checkpoint,
     prune,
+    publish,
     read_checkpoint,
     set_later_aside,
     set_torn_aside,
@@ -244,6 +252,160 @@ def test_a_checkpoint_is_not_lost_between_two_renames(run: RunDir) -> None:
     path = write(run, 100)
     path.rename(path.with_name(f"{path.name}.old"))  # a crash, where its successor was to follow
     assert newest_checkpoint(run, "pretrain")[0] is None
-    undo_replacing(run, "pretrain")
+    undo_replacing(run)
     saved, refused = newest_checkpoint(run, "pretrain")
     assert saved and saved.path == path and refused == []
+
+
+def prepared(run: RunDir, step: int, *, content: bytes = b"new") -> tuple[Path, Path]:
+    """A checkpoint that is written and not published yet, and where it belongs."""
+    final = run.checkpoints("pretrain") / f"step_{step:08d}"
+    partial = final.with_name(f"{final.name}.partial")
+    partial.mkdir(parents=True)
+    (partial / "shard").write_bytes(content)
+    meta = Meta(FORMAT_VERSION, "pretrain", step, step * 8, step * 256, False, {}, {}, {}, {}, {"shard": len(content)})
+    write_json(partial / "meta.json", vars(meta))
+    return partial, final
+
+
+class CrashError(Exception):
+    pass
+
+
+def crash_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    """At the call of that number, of all that change what lies there or make it last; before it has done anything."""
+    left = [call]
+
+    def broken(act: Callable[..., Any]) -> Callable[..., Any]:
+        def acts(*args: Any, **kwargs: Any) -> Any:
+            left[0] -= 1
+            if left[0] < 0:
+                raise CrashError
+            return act(*args, **kwargs)
+
+        return acts
+
+    monkeypatch.setattr(Path, "rename", broken(Path.rename))
+    monkeypatch.setattr(module, "append_record", broken(append_record))
+    monkeypatch.setattr("shutil.rmtree", broken(shutil.rmtree))
+    monkeypatch.setattr("os.fsync", broken(os.fsync))
+
+
+@pytest.mark.parametrize("before", ["nothing", "another step", "the same step", "an older one", "nobody's", "rewound", "gone"])
+@pytest.mark.parametrize("call", range(7))
+def test_a_crash_while_one_is_published_costs_none_before_it(run: RunDir, monkeypatch: Any, before: str, call: int) -> None:
+    """And what is gone on from then is whole: the new one, or what was there; a stage without any begins anew. Published again
+    it is the newest."""
+    if before != "nothing":
+        write(run, 100 if before != "another step" else 50)
+    index = run.checkpoints("pretrain") / "index.jsonl"
+    if before == "an older one":
+        index.write_text("")
+        append_record(index, "checkpoint", path="step_00000100", finished=False)
+    elif before == "nobody's":
+        index.unlink()
+    elif before in ("rewound", "gone"):
+        write(run, 50)
+        set_later_aside(run, "pretrain", samples=50 * 8) if before == "rewound" else None
+        shutil.rmtree(run.checkpoints("pretrain") / "step_00000100", ignore_errors=True)
+    kept, _ = newest_checkpoint(run, "pretrain")
+    partial, final = prepared(run, 100)
+    with monkeypatch.context() as patch:
+        crash_at(patch, call)
+        with suppress(CrashError):
+            publish(partial, final, row={"samples": 800, "tokens": 25600, "finished": False})
+    undo_replacing(run)
+    saved, refused = newest_checkpoint(run, "pretrain")
+    assert not refused and (saved is not None or kept is None)
+    if saved and saved.path == final:
+        assert kept is not None or (final / "shard").read_bytes() == b"new"
+    shutil.rmtree(partial, ignore_errors=True)
+    publish(*prepared(run, 100, content=b"newer"), row={"samples": 800, "tokens": 25600, "finished": False})
+    saved, refused = newest_checkpoint(run, "pretrain")
+    assert saved and not refused and (saved.path / "shard").read_bytes() == b"newer"
+    assert not list(run.checkpoints("pretrain").glob("*.old"))
+
+
+def test_a_folder_that_cannot_be_renamed_leaves_the_old_one(run: RunDir, monkeypatch: Any) -> None:
+    path = write(run, 100)
+    partial, final = prepared(run, 100)
+    rename = Path.rename
+
+    def refuses(self: Path, target: Path) -> Path:
+        if self == partial:
+            raise OSError("stale file handle")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuses)
+    with pytest.raises(OSError, match="stale"):
+        publish(partial, final, row={})
+    saved, refused = newest_checkpoint(run, "pretrain")
+    assert saved and saved.path == path and refused == [] and (path / "shard").read_bytes() == b"x" * 10
+
+
+def test_digests_from_before_a_rewind_count_no_more(run: RunDir) -> None:
+    write(run, 10)
+    path = write(run, 20)
+    set_later_aside(run, "pretrain", samples=10 * 8)
+    left = path.with_name(f"{path.name}.rewound")
+    publish(*prepared(run, 20), row={})
+    shutil.rmtree(path)
+    left.rename(path)
+    saved, refused = newest_checkpoint(run, "pretrain")
+    assert saved and saved.meta.step == 10 and "not the one that this run wrote" in refused[0]
+
+
+def test_folders_that_the_index_does_not_name_are_none(run: RunDir) -> None:
+    """Pruning counts by the index: three that a crash left there do not cost the two that are kept."""
+    for step in (10, 20, 30):
+        write(run, step)
+    for step in (40, 50, 60):
+        partial, final = prepared(run, step)
+        partial.rename(final)
+    assert prune(run.checkpoints("pretrain"), keep_last=2) == ["step_00000010"]
+    assert names(run) == ["20", "30", "40", "50", "60"]
+    saved, refused = newest_checkpoint(run, "pretrain")
+    assert saved and saved.meta.step == 30 and refused == []
+    publish(*prepared(run, 40), row={"samples": 320, "tokens": 10240, "finished": False})
+    assert prune(run.checkpoints("pretrain"), keep_last=2) == ["step_00000020"]
+    assert set_later_aside(run, "pretrain", samples=240) == ["step_00000040"]
+
+
+def test_a_stage_that_has_lost_its_checkpoints_says_so(run: RunDir) -> None:
+    assert lost(run, "pretrain") == [] and newest_checkpoint(run, "pretrain") == (None, [])
+    first, second = write(run, 10), write(run, 20)
+    shutil.rmtree(second)
+    assert lost(run, "pretrain") == []
+    shutil.rmtree(first)
+    saved, refused = newest_checkpoint(run, "pretrain")
+    assert saved is None and refused == lost(run, "pretrain") and "names step_00000020, and no checkpoint" in refused[0]
+    write(run, 10)
+    write(run, 20)
+    set_later_aside(run, "pretrain", samples=0)
+    assert newest_checkpoint(run, "pretrain") == (None, [])  # all were rewound: it does begin anew
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_one_broken_file_does_not_stop_what_is_kept_and_left(run: RunDir, told: bool) -> None:
+    """The index tells what meta.json cannot. What nothing tells of is left alone."""
+    index = run.checkpoints("pretrain") / "index.jsonl"
+    for step in (10, 20, 30, 40):
+        path = write(run, step)
+        if step in (10, 40):
+            (path / "meta.json").write_text("{")
+            if not told:
+                index.write_text("".join(line + "\n" for line in index.read_text().splitlines() if path.name not in line))
+                append_record(index, "checkpoint", path=path.name)
+            else:
+                append_record(index, "checkpoint", path=path.name, samples=step * 8, tokens=step * 256, finished=False)
+    assert set_later_aside(run, "pretrain", samples=30 * 8) == (["step_00000040"] if told else [])
+    removed = prune(run.checkpoints("pretrain"), keep_last=1 if told else 2)
+    assert removed == (["step_00000010", "step_00000020"] if told else ["step_00000020"])
+
+
+def test_what_was_being_removed_is_a_leftover(run: RunDir) -> None:
+    """It has no meta.json any more, or other files."""
+    write(run, 20)
+    (run.checkpoints("pretrain") / "step_00000010.pruned").mkdir()
+    prune(run.checkpoints("pretrain"), keep_last=1)
+    assert names(run) == ["20"]

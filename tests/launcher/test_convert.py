@@ -14,6 +14,7 @@ from launcher.config.compose import compose_run
 from launcher.jobs import convert as module
 from launcher.plan.prepared import Prepared
 from launcher.rundir.checkpoints import DP_RESHARDABLE, FORMAT_VERSION, FULLY_RESHARDABLE, Meta, file_digest, newest_checkpoint
+from launcher.rundir.exits import RunStateError
 from launcher.rundir.freeze import open_run, read_config
 from launcher.rundir.lock import is_live, lock_run
 from launcher.rundir.records import append_record, read_json, write_atomic, write_json
@@ -136,6 +137,18 @@ def test_ranks_that_end_well_and_did_nothing_are_found_out(phidias, ranks):
     trained(), ranks("pass")
     code, out, _ = phidias("checkpoint", "demo", "action=convert")
     assert code == 11 and "was not converted: the ranks ended with code 0" in out
+
+
+def test_a_crash_of_an_earlier_conversion_is_taken_back(phidias, ranks):
+    """At every launch, before its checkpoints are looked at."""
+    run, asked = trained("layout.pp=2"), ranks(CONVERTS)
+    folder = run.checkpoints("demo_pretrain") / "step_00000010"
+    folder.rename(folder.with_name("step_00000010.old"))
+    with pytest.raises(RunStateError, match="saved in another layout: pp 2 -> 1"):
+        open_run(compose_run(["stage=demo_pretrain", "layout.pp=1"]), prepared=Prepared())
+    assert folder.exists()
+    folder.rename(folder.with_name("step_00000010.old"))
+    assert phidias("checkpoint", "demo", "action=convert")[0] == 0 and asked["ranks"] == 2
 
 
 def test_a_live_run_is_left_alone(phidias, ranks):

@@ -77,6 +77,14 @@ def test_each_step_counts_as_long_as_its_row_says(run: RunDir) -> None:
     assert found.goodput == pytest.approx(2 / 3) and found.largest == [("start_up", 10.0), ("other", 10.0)]
 
 
+def test_a_conversion_is_no_sign_of_life(run: RunDir) -> None:
+    """A day later, whether it comes to its end or not."""
+    events = [*begun(), event(30.0, "stop", step=10), event(31.0, "job_end", exit="INTERRUPTED", after="end")]
+    alone = measured(run, [row(30.0, 10)], events)
+    later = [event(86400.0, "fault", rank=0, exit="RETRYABLE"), event(86500.0, "converted", step=10, seconds=9.0, stall_s=9.0)]
+    assert alone and measured(run, [row(30.0, 10)], [*events, *later]) == alone
+
+
 def test_the_first_row_of_a_launch_covers_its_steps_alone(run: RunDir) -> None:
     """Stopped at 15 and gone on there: 11 to 15 have no row, and were like those before them."""
     events = [event(0.0, "start"), event(1.0, "stage_start"), event(40.0, "stop", step=15)]

@@ -69,6 +69,15 @@ def test_a_fault_ends_it_where_no_restart_is_allowed(run, ends, tmp_path, capsys
     assert jobs(run) == [("RETRYABLE", "end", None)] and "started again" not in capsys.readouterr().out
 
 
+def test_nor_where_it_went_forward(run, ends, tmp_path):
+    def saves():
+        append_record(run.events, "checkpoint", stage=STAGE, step=10)
+        return ExitClass.RETRYABLE
+
+    ends += [saves, ExitClass.DONE]
+    assert train(run, config_of(tmp_path, restarts=0)) is ExitClass.RETRYABLE and jobs(run) == [("RETRYABLE", "end", None)]
+
+
 @pytest.mark.parametrize("fault", [ExitClass.RETRYABLE, ExitClass.BAD_NODE])
 def test_a_fault_that_may_pass_is_tried_again(run, ends, tmp_path, fault):
     ends += [fault, fault, ExitClass.DONE]
@@ -109,6 +118,7 @@ def test_whoever_starts_it_has_looked(run, ends, tmp_path):
         ends[:] = fault
         ended = train(run, config_of(tmp_path, restarts=2))
     assert ended is ExitClass.DONE and [after for _, after, _ in jobs(run)] == ["restart", "restart", "end", "restart", "end"]
+    assert [row["by"] for row in read_records(run.events) if row["kind"] == "asked"] == ["train"] * 2
 
 
 def test_ctrl_c_between_two_starts(run, ends, tmp_path, monkeypatch):

@@ -68,11 +68,17 @@ def test_gradients_in_another_precision_lie_in_another_buffer(demo):
 
 
 def test_buckets_grow_with_many_data_parallel_ranks(demo):
-    """Megatron's rule, where gradients are reduced while they are computed: only then are there several."""
+    """Megatron's rule, where gradients are reduced while they are computed: only then are there several. The ranks take over the
+    checkpoint's."""
     words = ["layout.overlap_grad_reduce=true", "stage.global_batch_size=6720", "layout.micro_batch_size=1"]
     few, many = (demo(*words, f"cluster.gpus_per_node={count}") for count in (40, 80))
     assert key(few)["bucket_size"] == 40_000_000 and key(many)["bucket_size"] == 80_000_000
-    assert not same(few, many) and same(few, demo(*words, "cluster.gpus_per_node=8"))
+    assert same(few, many) and same(many, few)
+
+
+def test_one_bucket_and_several_are_named_by_the_setting(demo):
+    meta = Meta(FORMAT_VERSION, STAGE, 1, 1, 1, False, {}, {}, {}, {}, {}, sharding=DP_RESHARDABLE, reshard=key(demo()))
+    assert unlike(meta, key(demo("layout.overlap_grad_reduce=true"))) == {"overlap_grad_reduce": [False, True]}
 
 
 def test_it_is_what_a_file_holds(demo, saved):
@@ -92,6 +98,7 @@ def test_another_layout_is_refused_with_the_way_out(demo, saved, check):
     said = str(refusal.value)
     assert "step_00000010 of stage demo_pretrain was saved in another layout: pp 1 -> 2" in said
     assert f"`phidias checkpoint {run.name} action=convert stage=demo_pretrain`" in said
+    assert f"`phidias stop {run.name} layout=any`" in said
     assert run.config.read_bytes() == before
 
 

@@ -207,9 +207,18 @@ def test_starts_that_slurm_ends_without_progress_are_counted(world):
     """A time limit that is too short for a step would go on for ever."""
     for _ in range(9):
         append_record(world.run.events, "start")
+        append_record(world.run.events, "job_end", exit="CHECKPOINTED", after="requeue")
     world.ends = [ExitClass.INTERRUPTED]
     assert work(world.job) is ExitClass.CHECKPOINTED and not world.updates
     assert "10 starts in a row" in world.events("job_end")[-1]["reason"]
+
+
+def test_preemptions_leave_the_budget_of_faults_as_it_is(world):
+    for _ in range(5):
+        append_record(world.run.events, "start")
+        append_record(world.run.events, "job_end", exit="CHECKPOINTED", after="requeue")
+    world.ends = [ExitClass.RETRYABLE, ExitClass.RETRYABLE, ExitClass.DONE]
+    assert work(world.job) is ExitClass.DONE and len(world.trained) == 3
 
 
 def test_many_bad_nodes_at_once_are_nobodys(world):

@@ -64,7 +64,7 @@ def test_a_rank_that_stands_still_is_found_and_started_again(slow, slurm, worksp
     assert job.restarts == 1 and hang["node"] in job.fields["ExcNodeList"]
 
 
-def test_a_fatal_fault_ends_the_job(slurm, workspace):
+def test_a_fatal_fault_ends_the_job(slow, slurm, workspace):
     diverged = workspace.named("diverged")
     (job,) = slurm.wait(submit(slurm, diverged, "optim.lr=1e30", "optim.min_lr=1e30"), "FAILED", timeout=STARTED_S)
     assert job.exit_code == 13 and len(diverged.events("start")) == 1

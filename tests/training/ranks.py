@@ -10,6 +10,7 @@ one layout, go on in another; `batch`; `nan`. tests/training/test_ranks.py compa
 
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,7 @@ from launcher.rundir.paths import RunDir  # noqa: E402
 from launcher.rundir.records import append_record  # noqa: E402
 from tests.training.thd import as_on_gpus  # noqa: E402
 from tests.training.tiny import run_config, stage_config  # noqa: E402
-from training.errors import NonFiniteError  # noqa: E402
+from training.errors import NonFiniteError, UnhealthyError  # noqa: E402
 from training.health import Finding  # noqa: E402
 from training.heartbeat import Heartbeat  # noqa: E402
 from training.loop import Trainer  # noqa: E402
@@ -164,12 +165,24 @@ def check_rewind(work: Path, name: str, *, device: torch.device) -> dict[str, An
     case = Case(work, name, run_name=f"rewound_{name}", device=device).steps(2)
     case.trainer.save()
     case.steps(2)
+    case.trainer.save()  # on its way, from behind what is left out
     finding = Finding("loss_spike", "rewind", 3, value=9.0, limit=5.0, first_sample=16, end_sample=32, text="loss is high")
     case.trainer.leave_out(finding, first=24, end=32, action="rewind")
     found = case.steps(STEPS - 4).digest()
     finished, kinds = case.trainer.is_finished, [row["kind"] for row in case.events()]
+    case.trainer.save(is_last=True)
+    names = sorted(path.name for path in case.run.checkpoints("pretrain").glob("step_*"))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(case.run.checkpoints("pretrain") / names[0])  # as keep_last does
+    dist.barrier()
+    try:
+        case.trainer.leave_out(finding, first=24, end=32, action="rewind")
+        error = None
+    except UnhealthyError as raised:
+        error = str(raised)
     case.close()
-    return {"expected": expected, "found": found, "finished": finished, "kinds": kinds}
+    return {"expected": expected, "found": found, "finished": finished, "kinds": kinds, "names": names, "error": error}
 
 
 def check_move(work: Path, before: str, after: str, *, device: torch.device) -> dict[str, Any]:

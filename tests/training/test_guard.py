@@ -76,7 +76,7 @@ def test_a_budget_outlives_a_restart_and_ends_with_a_person(build: Build) -> Non
 
 
 def test_what_a_person_wants_to_see_at_once_is_raised_at_once(build: Build) -> None:
-    with pytest.raises(UnhealthyError, match="loss is nan; the weights are as they were before it") as raised:
+    with pytest.raises(UnhealthyError, match="loss is nan; the update was not taken") as raised:
         build().act(finding("loss_spike", "stop"), step=3)
     assert not isinstance(raised.value, NonFiniteError) and exit_class(raised.value).name == "NEEDS_PERSON"
 
@@ -109,12 +109,14 @@ def test_a_step_that_comes_to_something_else_ends_the_ranks(
 
 def test_a_straggler_is_left_behind_after_a_checkpoint(build: Build) -> None:
     guard = build(straggler={"action": "requeue"})
-    guard._leave_behind(Slow(3, Place("n2", pp_rank=0, dp_rank=3), 1.7), step=9)
+    slow = [Slow(rank, Place(f"n{rank - 1}", pp_rank=0, dp_rank=rank), ratio) for rank, ratio in ((3, 1.7), (2, 1.5))]
+    guard._leave_behind(slow, step=9)
     assert guard.leaving is not None and guard.leaving.node == "n2" and exit_class(guard.leaving).name == "BAD_NODE"
     assert "rank 3 on n2 computes 1.70 times as long" in str(guard.leaving)
     noted = build()
-    noted._leave_behind(Slow(3, Place("n2", pp_rank=0, dp_rank=3), 1.7), step=9)
-    assert noted.leaving is None and [row["action"] for row in events(noted, "straggler")] == ["requeue", "note"]
+    noted._leave_behind(slow[:1], step=9)
+    # One node at a time: a budget is not spent by eight ranks of one.
+    assert noted.leaving is None and [row["action"] for row in events(noted, "straggler")] == ["requeue", "note", "note"]
 
 
 def test_a_wait_for_data_is_told_by_the_rank_that_waits(build: Build) -> None:
@@ -148,7 +150,7 @@ def test_a_disk_without_room_for_the_next_checkpoint_is_told_before_it(build: Bu
 
 def test_a_checkpoint_that_failed_may_be_let_pass(build: Build) -> None:
     error = UnwrittenError("step_00000016 could not be written")
-    guard = build(checkpoint={"action": "note"})
+    guard = build(checkpoint={"action": "note", "budget": 1})
     guard.checkpoint_failed(error, step=16)
     with pytest.raises(DiskFullError):  # a person has to make room, whatever the config says
         guard.checkpoint_failed(DiskFullError("the disk is full"), step=32)
@@ -157,6 +159,17 @@ def test_a_checkpoint_that_failed_may_be_let_pass(build: Build) -> None:
     with pytest.raises(UnhealthyError, match="could not be written"):
         build(checkpoint={"action": "restart", "budget": 1}).checkpoint_failed(error, step=16)
     assert [row["action"] for row in events(guard, "checkpoint_failed")] == ["note", "stop", "restart", "stop"]
+
+
+def test_training_without_checkpoints_ends(build: Build) -> None:
+    """What is only noted is let pass as often in a row as the budget says, and never at the end."""
+    error, guard = UnwrittenError("step_00000016 could not be written"), build(checkpoint={"action": "note", "budget": 2})
+    guard.checkpoint_failed(error, step=16)
+    guard.checkpoint_failed(error, step=32)
+    with pytest.raises(UnwrittenError):
+        guard.checkpoint_failed(error, step=48)
+    with pytest.raises(UnwrittenError):
+        build(checkpoint={"action": "note", "budget": 2}).checkpoint_failed(error, step=48, is_last=True)
 
 
 def test_steps_are_computed_again_where_it_helps(build: Build) -> None:

@@ -115,6 +115,8 @@ def test_a_rewind_is_bitwise_the_run_that_never_took_the_batch(results: dict[str
     found = results[case]
     assert found["found"] == found["expected"] and found["finished"]
     assert found["kinds"][-4:] == ["checkpoint", "skip", "rewind", "resume"]
+    assert found["names"] == ["step_00000002", "step_00000004"]
+    assert "no checkpoint from before sample 16 is left to rewind to; later ones are as they were" in found["error"]
 
 
 def test_nan_is_refused_before_the_weights_are_touched(results: dict[str, Any]) -> None:
