@@ -40,6 +40,7 @@ class Guard:
         metrics: Metrics,
     ):
         self.run, self.settings, self.rank, self.metrics, self.chunks = run, config.monitor.health, rank, metrics, chunks
+        self.fp8 = config.stage(stage).precision.fp8
         self.steps = StepHealth(self.settings)
         self.stragglers = StragglerWatch(self.settings.straggler)
         self.devices = DeviceWatch(self.settings.device_error, rank.device.index or 0)
@@ -58,6 +59,8 @@ class Guard:
     def replays(self, finding: Finding | None, *, step: int) -> bool:
         """Whether the step is to be computed again: to know whether hardware or arithmetic made what was found, and every
         so often."""
+        if self.fp8 == "delayed":  # its scales come from the steps before: twice is not the same
+            return False
         return (finding is not None and finding.action != "note") or self._every_so_often(step)
 
     def checks_replicas(self, *, step: int, saves: bool) -> bool:
