@@ -32,7 +32,7 @@ DETECTIONS = {
     "device_error": "device_error",
 }
 # A person queued the run, or changed its config; after such a fault only a person goes on.
-BY_PERSON = ("created", "submitted", "amended")
+BY_PERSON = ("created", "submitted", "amended", "asked")
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,10 @@ from launcher.rundir.checkpoints import (
     UnwrittenError,
     file_digest,
     prune,
+    publish,
 )
 from launcher.rundir.paths import RunDir
-from launcher.rundir.records import append_record, read_json, replace_folder, write_json
+from launcher.rundir.records import append_record, read_json, write_json
 from training.errors import is_disk_full
 from training.processes import forget_results, own_results_queue
 
@@ -164,9 +165,8 @@ class Writer:
         files = {name: (folder / name).stat().st_size for name in sorted(digests)}
         meta, self.last_bytes = replace(write.meta, digests=digests, files=files), sum(files.values())
         write_json(folder / "meta.json", vars(meta))
-        replace_folder(folder, write.final)  # a step that a run came to again after it was rewound
         row = {name: getattr(meta, name) for name in ROW} | {"path": write.final.name}
-        append_record(self.directory / "index.jsonl", "checkpoint", **row, meta=file_digest(write.final / "meta.json"))
+        publish(folder, write.final, row=row)
         now = time.monotonic()
         took = {"seconds": round(now - write.began, 3), "stall_s": round(write.stall_s + now - waited, 3)}
         append_record(self.run.events, self.kind, **row, **took, bytes=self.last_bytes)

@@ -24,7 +24,7 @@ def convert_newest(run: RunDir, config: RunConfig, *, stage: str) -> ExitClass:
 
     ConfigError where the GPUs for it are not here, RunStateError where the run is live."""
     with lock_run(run) as lock:
-        undo_replacing(run, stage)
+        undo_replacing(run)
         saved, refused = newest_checkpoint(run, stage)
         for reason in refused:
             print(f"{stage}: passed over: {reason}")
@@ -48,7 +48,6 @@ def refuse_another_layout(run: RunDir, config: RunConfig, *, saved: Saved) -> No
     """The ranks build the model that the frozen config says."""
     stage = saved.meta.stage
     differing = unlike(saved.meta, reshard_key(config.stage(stage), cluster=config.cluster))
-    differing.pop("bucket_size", None)  # is set to the checkpoint's
     if differing:
         raise RunStateError(
             f"{saved.path} is of the layout {describe_key(saved.meta.reshard)}, and stage {stage} has another by now: "

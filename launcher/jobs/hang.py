@@ -10,7 +10,7 @@ from launcher.config.monitoring import Hang
 from launcher.rundir.paths import RunDir
 
 # The ranks leave their stacks at the limit; until then the launcher waits a little longer.
-GRACE_S = 10.0
+GRACE_S = 5.0
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,11 @@ def train(run: RunDir, config: RunConfig) -> ExitClass:
         second_ends=True,
     )
     lower_flag(run)
-    num_before = sum(1 for _ in read_records(run.events))  # a person has looked: what was in vain before counts no more
+    append_record(run.events, "asked", by="train")  # a person has looked: what was in vain before counts no more
     with signals_collected(SIGNALS) as asked:  # between two starts too
         while True:
             ended = train_stages(run, config, ranks=ranks, asked=asked)
-            events = list(read_records(run.events))[num_before:]
+            events = list(read_records(run.events))
             if not goes_on(run, config.cluster, ended=ended, events=events, asked=asked):
                 return ended
             wait_before_restart(run, in_vain=fruitless_starts(events), asked=asked)

@@ -1,5 +1,5 @@
 """What becomes of a job, or of a run on this machine, by how its ranks ended: a row for each exit class. Restarts that bring a
-run forward cost nothing; those in vain are counted."""
+run forward cost nothing; those in vain are counted, after faults and where Slurm asked to save each by themselves."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,8 @@ POLICY: dict[ExitClass, After] = {
 MAX_ASKED = 10
 # Rows of events.jsonl that are a start: of ranks, or one that came to nothing for want of sound nodes.
 STARTS = ("start", "no_start")
-PROGRESS = ("checkpoint", "stage_done", "created", "submitted")
+# `asked`: a person has called `phidias train`. A checkpoint that was converted is none more.
+PROGRESS = ("checkpoint", "stage_done", "created", "submitted", "asked")
 
 
 @dataclass(frozen=True)
@@ -37,21 +38,34 @@ class Verdict:
 
 
 def judge(ended: ExitClass, *, events: Sequence[dict[str, Any]], restarts: int) -> Verdict:
-    """The table's row, unless the last starts have all been in vain. `restarts`: how many may follow the first of them."""
+    """The table's row, unless as many starts have been in vain as may be. `restarts`: how many may follow the first one that a
+    fault ended; with 0 none follows one that went forward either."""
     after = POLICY[ended]
-    fruitless = fruitless_starts(events)
-    most = MAX_ASKED if ended is ExitClass.CHECKPOINTED else restarts + 1
-    if after == "end" or fruitless < most:
+    if after == "restart" and not restarts:
+        return Verdict("end", f"ended as {ended.name}, and cluster.restarts is 0")
+    fruitless = fruitless_starts(events, ended=ended)
+    if after == "end" or fruitless < (MAX_ASKED if after == "requeue" else restarts + 1):
         return Verdict(after)
-    many = f"{fruitless} starts in a row have ended without one more checkpoint"
-    return Verdict("end", many if fruitless > 1 else f"ended as {ended.name}, and cluster.restarts is {restarts}")
+    return Verdict("end", f"{fruitless} starts in a row have ended without one more checkpoint")
 
 
-def fruitless_starts(events: Sequence[dict[str, Any]]) -> int:
-    """Starts since the last checkpoint or end of a stage, or since a person put the run into the queue."""
-    count = 0
+def fruitless_starts(events: Sequence[dict[str, Any]], *, ended: ExitClass = ExitClass.RETRYABLE) -> int:
+    """Starts since the last checkpoint or end of a stage, or since a person started the run, that ended as the last one has:
+    `ended`, by a fault or because Slurm asked. One of which nothing was said is a fault."""
+    wanted = POLICY[ended]
+    count, after = 0, wanted
     for event in reversed(events):
         if event["kind"] in PROGRESS:
             break
-        count += event["kind"] in STARTS
+        if event["kind"] == "job_end":
+            after = after_end(event)
+        elif event["kind"] in STARTS:
+            count += after == wanted
+            after = POLICY[ExitClass.RETRYABLE]
     return count
+
+
+def after_end(event: dict[str, Any]) -> After:
+    """By the table, of an end that was recorded."""
+    name = str(event.get("exit"))
+    return POLICY[ExitClass[name] if name in ExitClass.__members__ else ExitClass.RETRYABLE]

@@ -66,8 +66,8 @@ def train_stages(run: RunDir, config: RunConfig, *, ranks: Ranks, asked: list[in
     with lock_run(run) as lock, LiveView(run, config, config.monitor.console) as view:
         append_record(run.events, "start", command=sys.argv, pid=os.getpid(), **about)
         with ask_on_signal(run, view, ranks=ranks, watch=watch):
+            undo_replacing(run)  # a job that queues itself again opens no run
             for stage in config.stage_names:
-                undo_replacing(run, stage)
                 if stage_is_done(run, config, stage):
                     view.note(f"{stage}: done already")
                     continue

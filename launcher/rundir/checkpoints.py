@@ -3,22 +3,27 @@
 checkpoints/<stage>/step_00000100/   the sharded tensors and meta.json, which has a digest of every file
 checkpoints/<stage>/index.jsonl      one row a finished checkpoint, append-only, with the digest of its meta.json
 
+A folder that the index does not name is none: a crash left it there, and the run replaces it when it comes past that step.
 Folders beside them: `.partial` is being written, `.torn` was found damaged, `.rewound` was left behind by a rewind.
 """
 
 import math
+import os
+import re
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from launcher.rundir.paths import RunDir
-from launcher.rundir.records import append_record, read_json, read_records
+from launcher.rundir.records import append_record, read_json, read_records, replace_folder
 
 FORMAT_VERSION = 2
 READABLE = (1, 2)  # 1: always fully_reshardable, without what was added since
 READ_BYTES = 8 << 20
+STEP = re.compile(r"step_\d+")  # a name in the index
 REWOUND = "rewound"  # the kind of an index row, and how the folder's name ends
 
 # Megatron's names: any layout reads the first; the second, which is faster to write, only one whose `reshard` is equal.
@@ -71,11 +76,11 @@ class Saved:
     meta: Meta
 
 
-def read_checkpoint(path: Path, *, digest: str | None = None) -> Saved:
+def read_checkpoint(path: Path, *, digest: frozenset[str] | None = None) -> Saved:
     """A checkpoint whose files are all there in the sizes they were written with; CheckpointError otherwise. `digest`: of its
-    meta.json, as the index has it."""
+    meta.json, one of those that the index has; None: any."""
     try:
-        if digest and file_digest(path / "meta.json") != digest:
+        if digest and file_digest(path / "meta.json") not in digest:
             raise CheckpointError(
                 f"{path}: meta.json is not the one that this run wrote; the checkpoint was changed or replaced"
             )
@@ -121,23 +126,61 @@ def damages(saved: Saved, *, names: Iterable[str] | None = None) -> list[str]:
     return found
 
 
-def indexed(run: RunDir, stage: str) -> Iterator[tuple[Path, str | None]]:
-    """Checkpoints that the index names and that are still there, newest first, with the digests of their meta.json."""
+def publish(partial: Path, final: Path, *, row: Mapping[str, Any]) -> None:
+    """Puts a whole checkpoint, its meta.json included, in place of what may be there of its step, and names it in the index:
+    `row` with `path` and `meta`. After a crash at any moment the index names what is there, or nothing:
+
+    - one that the index names is replaced: the index has the digests of both before the folder changes;
+    - else the folder is nobody's until its row is written."""
+    index, meta = final.parent / "index.jsonl", file_digest(partial / "meta.json")
+    is_named = final.name in named(final.parent)
+    if not is_named:
+        replace_folder(partial, final)
+    append_record(index, "checkpoint", **{**row, "path": final.name, "meta": meta})
+    with index.open("rb") as file:  # on a network file system it lies in this node's memory until then
+        os.fsync(file.fileno())
+    if is_named:
+        replace_folder(partial, final)
+
+
+def named(directory: Path) -> dict[str, list[dict[str, Any]]]:
+    """The rows of the index of each checkpoint, oldest first, those that were pruned included; of one that was rewound, those
+    since. Whose newest row is the oldest comes first."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in read_records(directory / "index.jsonl"):
+        name = str(row.get("path"))
+        before = rows.pop(name, [])
+        if row.get("kind") != REWOUND and STEP.fullmatch(name):
+            rows[name] = [*before, row]
+    return rows
+
+
+def indexed(run: RunDir, stage: str) -> Iterator[tuple[Path, frozenset[str] | None]]:
+    """Checkpoints that the index names and that are still there, newest first, with the digests that their meta.json may have:
+    several where a crash came while one replaced another. None: an older phidias recorded none."""
     directory = run.checkpoints(stage)
-    digests: dict[str, str | None] = {}
-    for row in reversed(list(read_records(directory / "index.jsonl"))):
-        if row.get("kind") != REWOUND:
-            digests.setdefault(row["path"], row.get("meta"))
-    for name, digest in digests.items():
+    for name, rows in reversed(named(directory).items()):
         if (directory / name).exists():  # else it was pruned, or set aside
-            yield directory / name, digest
+            digests = [row.get("meta") for row in rows]
+            yield directory / name, None if None in digests else frozenset(map(str, digests))
+
+
+def lost(run: RunDir, stage: str) -> list[str]:
+    """Why a stage must not begin anew though it has no checkpoint: its index names some, and none is there. Empty where some
+    are, or none was ever named."""
+    directory = run.checkpoints(stage)
+    names = list(named(directory))
+    if not names or any((directory / name).exists() for name in names):
+        return []
+    found = f"{directory}: index.jsonl names {names[-1]}, and no checkpoint that it names is there"
+    return [f"{found}. Fix: restore the folder; to begin stage {stage} anew, remove {directory}"]
 
 
 def newest_checkpoint(
     run: RunDir, stage: str, *, finished: bool = False, passing: Collection[str] = ()
 ) -> tuple[Saved | None, list[str]]:
     """The newest valid checkpoint of a stage (`finished`: a stage's end only; not one of the folders of `passing`), and why
-    newer ones were passed over. Contents are not read: `damages` does that."""
+    newer ones were passed over, or that all are `lost`. Contents are not read: `damages` does that."""
     refused = []
     for path, digest in indexed(run, stage):
         if path.name in passing:
@@ -149,7 +192,7 @@ def newest_checkpoint(
             continue
         if saved.meta.finished or not finished:
             return saved, refused
-    return None, refused
+    return None, refused + lost(run, stage)
 
 
 def stage_end(run: RunDir, stage: str, *, num_samples: int) -> Saved | None:
@@ -173,26 +216,41 @@ def set_torn_aside(run: RunDir, stage: str, *, damaged: Collection[str] = ()) ->
             path.rename(torn)
 
 
-def undo_replacing(run: RunDir, stage: str) -> None:
-    """Takes back the checkpoints whose folder a crash left without its successor (records.replace_folder)."""
-    for old in run.checkpoints(stage).glob("step_*[0-9].old"):
-        if not old.with_suffix("").exists():
+def undo_replacing(run: RunDir) -> None:
+    """Takes back the checkpoints, of any stage, whose folder a crash left without its successor (records.replace_folder). Of a
+    run that is locked, before its checkpoints are looked at."""
+    for old in run.root.glob("checkpoints/*/step_*[0-9].old"):
+        if old.with_suffix("").exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
             old.rename(old.with_suffix(""))
 
 
 def set_later_aside(run: RunDir, stage: str, *, samples: int) -> list[str]:
     """Renames checkpoints of more than `samples` to `*.rewound`: the run goes on from an earlier one, and must not come back to
-    them. The newest goes first, so that a crash leaves no later one without those before it. The names of those renamed."""
-    directory, renamed = run.checkpoints(stage), []
+    them. The newest goes first, and from the index before its folder does, so that a crash leaves no later one without those
+    before it. The names of those renamed."""
+    directory, renamed, rows = run.checkpoints(stage), [], written(run.checkpoints(stage))
     for path in reversed(whole_steps(directory)):
-        row = read_json(path / "meta.json")
-        if row["samples"] > samples:
-            aside = path.with_name(f"{path.name}.{REWOUND}")
+        reached = recorded(path, rows=rows, name="samples")
+        if reached is not None and reached > samples:
+            aside, tokens = path.with_name(f"{path.name}.{REWOUND}"), recorded(path, rows=rows, name="tokens")
+            append_record(directory / "index.jsonl", REWOUND, path=path.name, tokens=tokens, to_samples=samples)
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
-            append_record(directory / "index.jsonl", REWOUND, path=path.name, tokens=row["tokens"], to_samples=samples)
             renamed.append(path.name)
     return renamed
+
+
+def recorded(path: Path, *, rows: Mapping[str, Mapping[str, Any]], name: str) -> Any:
+    """Of a checkpoint, by its row of the index; where that does not say, as in an older one, by its meta.json. None where
+    neither can be read."""
+    if (found := rows[path.name].get(name)) is None:
+        try:
+            found = read_json(path / "meta.json").get(name)
+        except (OSError, ValueError, AttributeError):
+            return None
+    return found
 
 
 def prune(
@@ -207,21 +265,23 @@ def prune(
     lowest held-out loss, and ends of stages; and all leftovers: of writes that never finished, but for `writing`, the step that
     is being written now, and of rewinds that the run has come past again. The names of those removed."""
     steps = whole_steps(directory)
-    for leftover in [*directory.glob("*.partial"), *passed_again(directory, steps=steps)]:
+    for leftover in [*directory.glob("*.partial"), *directory.glob("*.pruned"), *passed_again(directory, steps=steps)]:
         if leftover.name not in (writing, f"{writing}.partial"):
             shutil.rmtree(leftover, ignore_errors=True)
     kept = milestones(directory, every_tokens=keep_every_tokens) | best(directory, steps=steps, count=keep_best)
-    removed = []
+    removed, rows = [], written(directory)
     for path in steps[:-keep_last]:
-        if path.name not in kept and not read_json(path / "meta.json")["finished"]:
-            shutil.rmtree(path)
-            removed.append(path.name)
+        if path.name not in kept and recorded(path, rows=rows, name="finished") is False:
+            with suppress(OSError):  # one that cannot go is no reason to lose the next
+                doomed = path.rename(path.with_name(f"{path.name}.pruned"))  # a leftover, where this is broken off
+                shutil.rmtree(doomed, ignore_errors=True)
+                removed.append(path.name)
     return removed
 
 
 def whole_steps(directory: Path) -> list[Path]:
-    """The checkpoints that were published, by step."""
-    return sorted(path for path in directory.glob("step_*[0-9]") if (path / "meta.json").exists())
+    """The checkpoints that were published and are there, by step."""
+    return sorted(path for name in named(directory) if ((path := directory / name) / "meta.json").exists())
 
 
 def passed_again(directory: Path, *, steps: Sequence[Path]) -> list[Path]:
@@ -232,13 +292,7 @@ def passed_again(directory: Path, *, steps: Sequence[Path]) -> list[Path]:
 
 def written(directory: Path) -> dict[str, dict[str, Any]]:
     """The newest row of the index of each checkpoint, those that were pruned included; not of those that were rewound."""
-    rows: dict[str, dict[str, Any]] = {}
-    for row in read_records(directory / "index.jsonl"):
-        if row.get("kind") == REWOUND:
-            rows.pop(row["path"], None)
-        else:
-            rows[row["path"]] = row
-    return rows
+    return {name: rows[-1] for name, rows in named(directory).items()}
 
 
 def milestones(directory: Path, *, every_tokens: float | None) -> set[str]:

@@ -18,7 +18,7 @@ from launcher.config.validate import dump_run, shown, validate_run
 from launcher.plan.document import plan_document
 from launcher.plan.prepared import Prepared
 from launcher.rundir.amend import Changes, compare, describe_refusal
-from launcher.rundir.checkpoints import newest_checkpoint
+from launcher.rundir.checkpoints import newest_checkpoint, undo_replacing
 from launcher.rundir.code import code_version
 from launcher.rundir.exits import RunStateError
 from launcher.rundir.lock import describe_holder, is_live, lock_run
@@ -128,6 +128,7 @@ def make_folder(run: RunDir, *, runs_dir: str) -> None:
 
 def _reopen(run: RunDir, *, config: RunConfig, prepared: Prepared | None, on_change: Callable[[str], None]) -> None:
     frozen = read_config(run)
+    undo_replacing(run)
     changes = allowed_changes(run, frozen, config=config)
     merged, ordered = merge(frozen, config=config), run.order.exists()
     if merged != frozen:

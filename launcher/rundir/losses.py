@@ -7,8 +7,9 @@ and `rewind` a restart, `job_end` a restart, the queue or nothing. Of what comes
 - what lies behind an end: waiting is `queue` while a job that was submitted, or queued again, had not started, else `stopped`;
 - what lies between two stages: the start-up of the second.
 
-A launch of which nothing more is heard ended with its last sign of life. Rows of training where none had begun begin it
-themselves, as early as their steps have: the events are lost. Events that do not fit where they stand are passed over.
+A launch of which nothing more is heard ended with its last sign of life; conversions of checkpoints are none. Rows of training
+where none had begun begin it themselves, as early as their steps have: the events are lost. Events that do not fit where they
+stand are passed over.
 """
 
 import sys
@@ -86,7 +87,7 @@ class Ledger:
         at, kind = max(event["time"], self.now), event.get("kind")
         if kind == "submitted" and event.get("stage") not in BESIDE:
             self.submitted[str(event.get("job"))] = at
-        if kind not in LIFE:
+        if kind not in LIFE or (kind == "fault" and self.phase.cause == ENDED):  # the latter of a conversion
             return
         if kind in ("resume", "stage_start"):
             self.rewind_steps(event)

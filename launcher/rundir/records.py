@@ -67,12 +67,18 @@ def read_json(path: Path) -> Any:
 
 
 def replace_folder(new: Path, /, final: Path) -> None:
-    """Puts a folder that is whole in place of another; between the two renames the old one lies beside it as `*.old`."""
+    """Puts a folder that is whole in place of another; between the two renames the old one lies beside it as `*.old`, the only
+    one there is."""
     old = final.with_name(final.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
     if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
-    new.rename(final)
+    try:
+        new.rename(final)
+    except OSError:
+        if old.exists():
+            old.rename(final)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

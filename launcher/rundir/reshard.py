@@ -24,8 +24,8 @@ SPLIT = (
 
 
 def reshard_key(stage: StageConfig, *, cluster: Cluster) -> dict[str, Any]:
-    """What must be equal, as meta.json holds it. Whoever loads one with fewer ranks than it was written with gives
-    DistributedDataParallelConfig its `bucket_size`."""
+    """What must be equal, as meta.json holds it. But for `bucket_size`: whoever loads one gives DistributedDataParallelConfig
+    that of the checkpoint."""
     layout, precision = stage.layout, stage.precision
     split = {name: getattr(layout, name) for name in SPLIT}
     return {**split, **dtypes(precision), "bucket_size": bucket_size(layout, cluster=cluster)}
@@ -53,8 +53,17 @@ def describe_key(key: dict[str, Any]) -> str:
 def unlike(meta: Meta, key: dict[str, Any]) -> dict[str, list[Any]]:
     """What keeps a layout of that key from reading the checkpoint: [in the checkpoint, in the layout] by name. Empty where any
     layout may."""
-    names = meta.reshard.keys() & key.keys() if meta.sharding == DP_RESHARDABLE else set[str]()
-    return {name: [meta.reshard[name], key[name]] for name in sorted(names) if meta.reshard[name] != key[name]}
+    if meta.sharding != DP_RESHARDABLE:
+        return {}
+    before, now = by_buckets(meta.reshard), by_buckets(key)
+    return {name: [before[name], now[name]] for name in sorted(before.keys() & now.keys()) if before[name] != now[name]}
+
+
+def by_buckets(key: dict[str, Any]) -> dict[str, Any]:
+    """With whether there are several buckets in place of their size: Megatron has one where nothing is overlapped, whatever it
+    is given."""
+    others = {name: value for name, value in key.items() if name != "bucket_size"}
+    return others | ({"overlap_grad_reduce": key["bucket_size"] is not None} if "bucket_size" in key else {})
 
 
 def refuse_resharding(run: RunDir, config: RunConfig) -> None:
@@ -68,5 +77,6 @@ def refuse_resharding(run: RunDir, config: RunConfig) -> None:
             raise RunStateError(
                 f"{run.root}: {saved.path.name} of stage {name} was saved in another layout: {told}; it is {DP_RESHARDABLE}, "
                 f"the form that is written fast, and only the data-parallel size may differ where it is read. "
-                f"Fix: `phidias checkpoint {run.name} action=convert stage={name}` first, or the layout it has"
+                f"Fix: `phidias checkpoint {run.name} action=convert stage={name}` first; or, where the run can still train in "
+                f"the layout it has, start it in that and `phidias stop {run.name} layout=any`"
             )

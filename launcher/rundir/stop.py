@@ -5,6 +5,7 @@ from contextlib import suppress
 
 from launcher.rundir.lock import lock_run
 from launcher.rundir.paths import RunDir
+from launcher.rundir.records import write_atomic
 
 # What a launcher that was sent a signal writes into it. A person leaves it empty, or asks for a checkpoint of any layout.
 BY_SIGNAL = "signal"
@@ -19,7 +20,7 @@ def raise_flag(run: RunDir) -> None:
 
 def ask_to_stop(run: RunDir, *, any_layout: bool = False) -> None:
     """By a person, over a launcher's own."""
-    run.stop_flag.write_text(ANY_LAYOUT if any_layout else "")
+    write_atomic(run.stop_flag, ANY_LAYOUT if any_layout else "")
 
 
 def lower_flag(run: RunDir) -> None:

@@ -409,3 +409,32 @@ def test_what_was_being_removed_is_a_leftover(run: RunDir) -> None:
     (run.checkpoints("pretrain") / "step_00000010.pruned").mkdir()
     prune(run.checkpoints("pretrain"), keep_last=1)
     assert names(run) == ["20"]
+
+
+def test_an_index_names_steps_alone(run: RunDir) -> None:
+    """Whatever else stands in it: nothing outside of its folder is read or removed for it."""
+    for step in (10, 20, 30):
+        write(run, step)
+    outside = run.root / "kept"
+    shutil.copytree(run.checkpoints("pretrain") / "step_00000010", outside)
+    index = run.checkpoints("pretrain") / "index.jsonl"
+    append_record(index, "checkpoint", path="../../kept", finished=False)
+    append_record(index, "checkpoint", finished=False)
+    saved, refused = newest_checkpoint(run, "pretrain")
+    assert saved and saved.meta.step == 30 and refused == []
+    assert prune(run.checkpoints("pretrain"), keep_last=1) == ["step_00000010", "step_00000020"] and outside.exists()
+
+
+def test_one_that_cannot_be_removed_does_not_stop_the_next(run: RunDir, monkeypatch: Any) -> None:
+    for step in (10, 20, 30):
+        write(run, step)
+    rename = Path.rename
+
+    def refuses(self: Path, target: Path) -> Path:
+        if self.name == "step_00000010":
+            raise OSError("stale file handle")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuses)
+    assert prune(run.checkpoints("pretrain"), keep_last=1) == ["step_00000020"]
+    assert names(run) == ["10", "30"]

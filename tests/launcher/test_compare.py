@@ -20,8 +20,10 @@ from launcher.config.validate import dump_run, validate_run
 from launcher.plan.prepared import Prepared
 from launcher.report.compare import Comparison, Measured, compare_runs
 from launcher.report.compare_document import document
+from launcher.report.compare_history import read_losses
 from launcher.report.compare_page import render_page
 from launcher.report.compare_stats import judge, mean_of, spread_of, t_quantile
+from launcher.report.history import read_history
 from launcher.report.mixture_fit import MixtureFit, fit_mixtures
 from launcher.rundir.freeze import open_run
 from launcher.rundir.paths import RunDir
@@ -195,6 +197,32 @@ def test_only_sources_that_all_runs_measured_alike_are_shared(make: Any) -> None
     assert [mean_of(each.shared) for each in comparison.groups] == [1.5, 2.5]
     assert comparison.notes == ("c is not in the shared mean: second did not measure it",)
     assert document(comparison)["differences"]["stages.pretrain.mixture.sources.c"] == {"first": "present", "second": "absent"}
+
+
+def test_crashes_and_resumes_leave_the_losses_that_the_report_shows(make: Any) -> None:
+    def train(step: int, stage: str) -> None:
+        where = {"stage": stage, "step": step, "samples": step * 8, "tokens": step * 256}
+        append_record(run.metrics, "train", **where, loss=2.0, loss_by_source=flat(2.0))
+
+    def validate(step: int, loss: float) -> None:
+        write_row(run, step * 256, flat(loss), shares=EVEN, evaluated=EVALUATED)
+
+    run = make("run", {})
+    train(3, "before")
+    for step in range(1, 5):
+        train(step, "pretrain")
+        validate(step, 5.0 - step)
+    with run.metrics.open("a") as file:
+        file.write('{"time": 1.0, "kind": "train", "stage": "pretrain", "step": 1, "samples": 8, "tokens": 256, "lo')
+    train(3, "pretrain")  # takes back the validation of step 4
+    validate(3, 1.5)
+    train(4, "pretrain")
+    found, shown = read_losses(run), read_history(run)
+    assert [(name, stage.tokens) for name, stage in found.items()] == [(stage.name, stage.tokens) for stage in shown.stages]
+    validation = shown.stages[1].validation
+    assert found["pretrain"].column("tokens").tolist() == validation["tokens"].tolist() == [256, 512, 768]
+    assert found["pretrain"].by_source("loss_by_source")["a"].tolist() == validation.loss_by_source["a"].tolist()
+    assert found["pretrain"].column("loss").tolist() == [4.0, 3.0, 1.5]
 
 
 # How sure a difference is

@@ -19,7 +19,7 @@ from launcher.rundir.freeze import open_run, read_config
 from launcher.rundir.lock import is_live, lock_run
 from launcher.rundir.records import append_record, read_json, write_atomic, write_json
 from launcher.rundir.reshard import reshard_key
-from launcher.rundir.stop import person_asked, wants_any_layout
+from launcher.rundir.stop import ask_to_stop, person_asked, wants_any_layout
 
 CONVERTS = """
 import sys
@@ -224,6 +224,21 @@ def test_a_stop_says_how_to_save(phidias):
         assert not wants_any_layout(run) and person_asked(run)
     run.stop_flag.unlink()
     assert "nothing of it is running" in phidias("stop", "demo", "layout=any")[1] and not run.stop_flag.exists()
+
+
+def test_a_stop_is_never_half_written(phidias, monkeypatch):
+    """An empty flag is a person's for any form: what reads it meanwhile finds what was asked before."""
+    run = trained()
+    ask_to_stop(run, any_layout=True)
+
+    def full(descriptor):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="no space"):
+            ask_to_stop(run)
+    assert wants_any_layout(run) and not list(run.root.glob(".stop*"))
 
 
 @pytest.mark.parametrize("words", [["layout=tp1"], ["layout=any", "now=true"]])

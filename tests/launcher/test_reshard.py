@@ -68,8 +68,8 @@ def test_gradients_in_another_precision_lie_in_another_buffer(demo):
 
 
 def test_buckets_grow_with_many_data_parallel_ranks(demo):
-    """Megatron's rule, where gradients are reduced while they are computed: only then are there several. The ranks take over the
-    checkpoint's."""
+    """Megatron's rule, where gradients are reduced while they are computed: only then are there several. The ranks take
+    over the checkpoint's."""
     words = ["layout.overlap_grad_reduce=true", "stage.global_batch_size=6720", "layout.micro_batch_size=1"]
     few, many = (demo(*words, f"cluster.gpus_per_node={count}") for count in (40, 80))
     assert key(few)["bucket_size"] == 40_000_000 and key(many)["bucket_size"] == 80_000_000
