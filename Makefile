@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS := data,curate,s3,train,eval,dev
+EXTRAS := data,compare,curate,dashboard,s3,train,eval,dev
 # uv does not read pip's configuration; where pip is told of local wheels, so is uv.
 FIND_LINKS := $(shell $(PYTHON) -m pip config list 2>/dev/null | sed -n "s/.*find-links=['\"]\{0,1\}\([^'\"]*\).*/--find-links \1/p" | sort -u)
 # Every command starts faster from cached bytecode, also where the environment switches the cache off.
