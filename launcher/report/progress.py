@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher.report.format import format_count, format_duration, format_number
+from launcher.report.format import format_count, format_duration, format_number, format_percent
+from launcher.rundir.losses import is_number
 
 # What a resumed view reads of older rows: enough to show the last losses, at once even for a file of gigabytes.
 BACKLOG_BYTES = 256 * 1024
@@ -17,7 +18,7 @@ class RecordTail:
     before the present end."""
 
     def __init__(self, path: Path, *, backlog_bytes: int = BACKLOG_BYTES):
-        self._path = path
+        self._path, self._backlog = path, backlog_bytes
         size = path.stat().st_size if path.exists() else 0
         self._offset = max(0, size - backlog_bytes)
         # Inside a row: its rest is not JSON.
@@ -27,6 +28,10 @@ class RecordTail:
         if not self._path.exists():
             return []
         with self._path.open("rb") as file:
+            size = file.seek(0, 2)
+            if size < self._offset:  # cut off, or another file: its newest rows are news
+                self._offset = max(0, size - self._backlog)
+                self._skip_partial = self._offset > 0
             file.seek(self._offset)
             data = file.read()
         whole = data[: data.rfind(b"\n") + 1]
@@ -68,29 +73,42 @@ class Progress:
         loss = self.train.get(self.stage, {}).get("loss")
         return self.status.get("loss") if loss is None else loss
 
-    def take(self, row: dict[str, Any]) -> None:
-        newest = {"train": self.train, "validation": self.validation}.get(row.get("kind", ""))
-        if newest is None:
-            return
+    def take(self, row: dict[str, Any]) -> bool:
+        """Whether it is a row of training or validation."""
+        newest = {"train": self.train, "validation": self.validation}.get(str(row.get("kind")))
+        loss = row.get("loss")
+        if newest is None or not isinstance(row.get("stage"), str) or not (loss is None or is_number(loss)):
+            return False
         earlier = newest.get(row["stage"], {})
         # A step need not hold every source: each keeps its newest loss.
-        newest[row["stage"]] = row | {"loss_by_source": earlier.get("loss_by_source", {}) | row.get("loss_by_source", {})}
+        newest[row["stage"]] = row | {"loss_by_source": earlier.get("loss_by_source", {}) | losses_of(row)}
+        return True
 
 
-def progress_line(progress: Progress) -> str:
-    """One plain line of where the run stands."""
+def losses_of(row: dict[str, Any]) -> dict[str, float | None]:
+    """By source; empty where a row that no rank wrote has something else there."""
+    found = row.get("loss_by_source")
+    return found if isinstance(found, dict) else {}
+
+
+def progress_line(progress: Progress, *, mfu: float | None = None, goodput: float | None = None) -> str:
+    """One plain line of where the run stands; with parts of 1 where they are known."""
     status = progress.status
     if progress.state == "starting":
         return f"{progress.stage}: {STARTING}".removeprefix(": ")
+    if not status.get("num_steps"):
+        return f"{progress.stage}: {progress.state}".removeprefix(": ")
     step = f"{progress.stage}: step {status.get('step') or 0:,}/{status.get('num_steps') or 0:,}"
     words = [step, f"loss {format_number(progress.loss)}", f"{format_count(status.get('tokens'))} tokens"]
     if progress.state == "running":
-        words += [f"{format_count(status.get('tokens_per_s'))} tokens/s", f"{format_duration(status.get('eta_s'))} left"]
+        words.append(f"{format_count(status.get('tokens_per_s'))} tokens/s")
+        words += [f"{name} {format_percent(part)}" for name, part in (("MFU", mfu), ("goodput", goodput)) if part is not None]
+        words.append(f"{format_duration(status.get('eta_s'))} left")
     else:
         words.append(progress.state)
     return ", ".join(words)
 
 
 def validation_line(row: dict[str, Any]) -> str:
-    by_source = ", ".join(f"{name} {format_number(loss)}" for name, loss in row.get("loss_by_source", {}).items())
-    return f"{row['stage']}: step {row['step']:,}, held-out loss {format_number(row.get('loss'))} ({by_source})"
+    by_source = ", ".join(f"{name} {format_number(loss)}" for name, loss in losses_of(row).items())
+    return f"{row.get('stage')}: step {row.get('step') or 0:,}, held-out loss {format_number(row.get('loss'))} ({by_source})"

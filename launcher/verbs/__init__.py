@@ -21,6 +21,7 @@ VERBS = {
     "calibrate": Verb("[run ...] [rows=TABLE.csv] out=FOLDER [name=site]", "fit the planner to measured runs", False),
     "submit": Verb("[overrides] [dry=true] [concurrency=N]", "queue a run on a Slurm cluster; goes on where it stopped", True),
     "resume": Verb("<run>", "go on with a run as it is frozen, on its cluster or on this machine", False),
+    "watch": Verb("<run> [every=5] [wait=true]", "a live view of a run, from another terminal or machine", False),
     "logs": Verb("<run> [stage=X] [lines=40]", "the end of what a run has said", False),
     "stop": Verb("<run> [now=true]", "have a run save and end, and cancel what of it waits", False),
     "job": Verb("[overrides]", "inside a Slurm job: what slurm/pretrain.sh runs", False),
@@ -28,5 +29,8 @@ VERBS = {
     "export": Verb("<run> [stage=X] [prompt=TEXT]", "write a Hugging Face checkpoint", False),
     "eval": Verb("<run> [stage=X]", "held-out loss of an exported checkpoint, by source", False),
     "report": Verb("<run>", "write report.html of a run", False),
+    "compare": Verb("<run ...> [out=json|PAGE.html]", "held-out loss of runs at equal tokens, and a better mixture", False),
+    "sync": Verb("<run ...>", "upload what a run logged to W&B without a network", False),
+    "dashboard": Verb("<run> | project=NAME [out=json]", "a W&B workspace and report with the panels that matter", False),
     "status": Verb("[run ...] [out=json]", "where runs stand", False),
 }

@@ -1,8 +1,8 @@
-"""`phidias dashboard`: its data against what a run really logs, and what W&B's service is sent."""
+"""`phidias dashboard`: its data, and what W&B's service is sent. Its metrics against what a run really logs: test_sync.py,
+which writes such a run."""
 
 import json
 import os
-import re
 
 import pytest
 
@@ -10,7 +10,7 @@ from launcher.cli import main
 from launcher.report.dashboard import FIRST, SYSTEM, TABLE, plan_dashboard
 from launcher.rundir.freeze import open_run
 from launcher.rundir.records import write_json
-from tests.launcher.wandb_service import KEY, service, write_offline
+from tests.launcher.wandb_service import KEY, service
 from tests.training.tiny import run_config, stage_config
 
 WANDB = {"mode": "online", "key_file": None, "project": "phidias", "entity": None, "group": None}
@@ -35,23 +35,6 @@ def run(tmp_path):
 
 def panels_of(document):
     return [panel for section in document["sections"] for panel in section["panels"]]
-
-
-def test_every_metric_is_one_that_training_logs(tmp_path):
-    logged = write_offline(tmp_path, parts=1)
-    dashboard = plan_dashboard(project="phidias", entity=None, run="tiny", stages=["pretrain"], gpus_per_node=0)
-    panels = panels_of(dashboard.document())
-    named = {name for panel in panels for name in [*panel["metrics"], panel["x"]] if name} - {"Relative Time (Process)"}
-    assert named <= set(logged)
-    for panel in panels:
-        matching = [name for name in logged if panel["pattern"] and re.fullmatch(panel["pattern"], name)]
-        assert bool(matching) == bool(panel["pattern"])
-        assert [name.rpartition("/")[2] for name in matching] in ([], ["a", "b"])
-    # And the other way: what training logs is shown, but for these.
-    shown = named | {name for name in logged for panel in panels if panel["pattern"] and re.match(panel["pattern"], name)}
-    missed = {name.partition("/")[2] for name in set(logged) - shown if name.startswith("pretrain/")}
-    unshown = ("goodput/productive_s", "goodput/wall_s", "train/slowest_node", "validation/seconds")
-    assert missed == {*unshown, "validation/tokens_by_source/a", "validation/tokens_by_source/b"}
 
 
 def test_what_is_looked_at_first_stands_first(run, capsys):
@@ -127,6 +110,15 @@ def test_the_service_is_sent_a_workspace_and_a_report_and_the_same_again(run, mo
         assert found(json.loads(view["spec"]), "metrics") == want
     assert "^tiny$" in found(json.loads(workspace["spec"]), "query")
     assert [view["id"] for view in again] == ["view1", "view2"]
+
+
+def test_a_project_that_is_not_there_yet(run, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    with service() as wandb:
+        wandb.has_project = False
+        monkeypatch.setenv("WANDB_BASE_URL", wandb.url)
+        assert main(["dashboard", "tiny"]) == 2 and not wandb.views
+    assert "the first run makes a project" in capsys.readouterr().err
 
 
 def found(tree, key):

@@ -3,12 +3,14 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 from launcher.cli import main
+from launcher.report.dashboard import plan_dashboard
 from launcher.rundir.paths import RunDir
 from launcher.rundir.records import write_json
 from launcher.verbs.wandb_service import PUBLIC_URL, service_url
@@ -17,16 +19,15 @@ from tests.launcher.wandb_service import KEY, service, write_offline
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A run that was started twice."""
+    """Where a run was started twice, and the names it has logged."""
     root = tmp_path_factory.mktemp("offline")
-    write_offline(root, parts=2)
-    return root
+    return root, write_offline(root, parts=2)
 
 
 @pytest.fixture
 def run(written, tmp_path, monkeypatch):
     """A copy of it in the working directory, and nothing of this machine's W&B."""
-    shutil.copytree(written / "runs", tmp_path / "runs", symlinks=True)
+    shutil.copytree(written[0] / "runs", tmp_path / "runs", symlinks=True)
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
@@ -79,6 +80,7 @@ def test_all_parts_become_one_run_in_order_and_once(run, monkeypatch, capfd):
     steps = [row["_step"] for row in lines]
     assert steps == sorted(set(steps))
     assert "all 2 parts are uploaded" in capfd.readouterr().out
+    assert not Path("wandb").exists()
 
 
 def test_nothing_is_begun_without_a_network(run, monkeypatch, capsys):
@@ -130,6 +132,23 @@ def test_a_part_that_wandb_cannot_read_is_said(run, monkeypatch, capfd):
     out, err = capfd.readouterr()
     assert f"{second.parent.name} holds nothing" in out
     assert "0 of 1 parts uploaded" in out and f"left {first.parent.name} behind" in err
+
+
+def test_every_metric_of_a_dashboard_is_one_that_training_logs(written):
+    _, logged = written
+    dashboard = plan_dashboard(project="phidias", entity=None, run="tiny", stages=["pretrain"], gpus_per_node=0)
+    panels = [panel for section in dashboard.document()["sections"] for panel in section["panels"]]
+    named = {name for panel in panels for name in [*panel["metrics"], panel["x"]] if name} - {"Relative Time (Process)"}
+    assert named <= set(logged)
+    for panel in panels:
+        matching = [name for name in logged if panel["pattern"] and re.fullmatch(panel["pattern"], name)]
+        assert bool(matching) == bool(panel["pattern"])
+        assert [name.rpartition("/")[2] for name in matching] in ([], ["a", "b"])
+    # And the other way: what training logs is shown, but for these.
+    shown = named | {name for name in logged for panel in panels if panel["pattern"] and re.match(panel["pattern"], name)}
+    missed = {name.partition("/")[2] for name in set(logged) - shown if name.startswith("pretrain/")}
+    unshown = ("goodput/productive_s", "goodput/wall_s", "train/slowest_node", "validation/seconds")
+    assert missed == {*unshown, "validation/tokens_by_source/a", "validation/tokens_by_source/b"}
 
 
 def test_where_the_service_is(run, tmp_path, monkeypatch):

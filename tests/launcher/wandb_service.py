@@ -43,6 +43,11 @@ class Service:
             }
         if "upsertBucket" in query:
             data["upsertBucket"] = {"bucket": bucket(variables["name"], self.history), "inserted": True}
+        if "GetProjects" in query:
+            node = {"id": "p", "name": "phidias", "entityName": "me", "createdAt": "2026-01-01T00:00:00", "isBenchmark": False}
+            node |= {"user": None, "tags": [], "internalId": "p1", "__typename": "Project"}
+            page = {"hasNextPage": False, "endCursor": None}
+            data["models"] = {"edges": [{"node": node, "cursor": "c"}], "pageInfo": page, "totalCount": 1}
         if "internalId" in query:
             data["project"] = {"internalId": "p1"} if self.has_project else None
         if "createRunFiles" in query:
