@@ -177,7 +177,7 @@ def main(root: Path, parts: int) -> None:
 
 def fields_of(kind: str) -> dict[str, Any]:
     """What training gives a row of this kind, by name: read from its source, which takes long to import."""
-    calls = [node for node in ast.walk(ast.parse((TRAINING / "loop.py").read_text())) if isinstance(node, ast.Call)]
+    calls = [node for node in ast.walk(ast.parse((TRAINING / "trainer.py").read_text())) if isinstance(node, ast.Call)]
     (call,) = (call for call in calls if ast.unparse(call.func) == f"self.metrics.{kind}")
     names = [keyword.arg for keyword in call.keywords if keyword.arg not in (None, "samples")]
     return {str(name): {"a": 1.0, "b": 2.0} if str(name).endswith("_by_source") else 1.0 for name in names}

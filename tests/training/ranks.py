@@ -33,10 +33,10 @@ from tests.training.tiny import run_config, stage_config  # noqa: E402
 from training.errors import NonFiniteError, UnhealthyError  # noqa: E402
 from training.health import Finding  # noqa: E402
 from training.heartbeat import Heartbeat  # noqa: E402
-from training.loop import Trainer  # noqa: E402
 from training.parallel import initialize_parallel, join_world, leave_world  # noqa: E402
 from training.startup import Phases  # noqa: E402
 from training.step import Flags  # noqa: E402
+from training.trainer import Trainer  # noqa: E402
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one": {},

@@ -36,7 +36,7 @@ from tests.training.world import cpu_seams, one_rank
 from training.heartbeat import Heartbeat
 from training.interop import evaluate
 from training.interop.export import export
-from training.loop import Trainer
+from training.trainer import Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
