@@ -152,8 +152,9 @@ class StepHealth:
 
     @property
     def is_in_doubt(self) -> bool:
-        """Whether the last steps were elevated, and more of them would be a finding."""
-        return any(series.elevated and not series.noted for series in (self.loss, self.grad_norm))
+        """Whether the last steps were elevated and, with some more, would be rewound."""
+        rewound = [series for series in (self.loss, self.grad_norm) if series.spike.action == "rewind"]
+        return any(series.elevated and series.noted_at is None for series in rewound)
 
     def to_json(self) -> dict[str, Any]:
         """For meta.json; floats come back from JSON bit for bit."""

@@ -24,6 +24,14 @@ SHOWN_NODES = 2
 KIND = 11  # columns; stage start has as many
 
 
+def mfu_of(plan: Row, *, tokens_per_s: Any) -> float | None:
+    """As the plan counts it: causal FLOPs, against the dense peak of the precision. None on CPU ranks."""
+    peak, world = plan.get("mfu_peak_tflops"), plan.get("world_size")
+    if not is_number(tokens_per_s) or not is_number(peak) or not is_number(world):
+        return None
+    return float(plan["flops_per_token"]["causal"] * tokens_per_s / world / 1e12 / peak)
+
+
 @dataclass
 class Surroundings:
     """`plan`: plan.json by stage; `measured`: None before the first row; `measured_at`: when it was, by the
@@ -76,12 +84,7 @@ class Surroundings:
         self.measured = self._meter.measure(None if self.ended else time.time(), waits=self.waits)
 
     def mfu(self, progress: Progress) -> float | None:
-        """As the plan counts it: causal FLOPs, against the dense peak of the precision. None on CPU ranks."""
-        plan, speed = self.plan.get(progress.stage, {}), progress.status.get("tokens_per_s")
-        peak, world = plan.get("mfu_peak_tflops"), plan.get("world_size")
-        if not is_number(speed) or not is_number(peak) or not is_number(world):
-            return None
-        return float(plan["flops_per_token"]["causal"] * speed / world / 1e12 / peak)
+        return mfu_of(self.plan.get(progress.stage, {}), tokens_per_s=progress.status.get("tokens_per_s"))
 
     def epochs(self, source: str, *, progress: Progress) -> float | None:
         """How often the run has read the source so far; of stages before, what their rows say, or else their plan. None where

@@ -17,6 +17,7 @@ from launcher.config.errors import ConfigError, Problem
 from launcher.jobs.accounting import FINISHING, EndedJob, LiveJob, belongs_to, ended_jobs, live_jobs
 from launcher.jobs.queue import known_jobs
 from launcher.report.status_page import print_block, print_table
+from launcher.report.surroundings import mfu_of
 from launcher.rundir.exits import ExitClass
 from launcher.rundir.goodput import measure_goodput
 from launcher.rundir.lock import is_live
@@ -90,13 +91,14 @@ def status_row(run: RunDir, *, events: Sequence[Row], live: Sequence[LiveJob], a
     works = is_live(run) or any(job.state == "RUNNING" for job in training)
     until = time.time() if works or training else None
     measured = measure_goodput(run, events=events, until=until, waits=not works)
+    mfu = mfu_of(plan.get(stage or "", {}), tokens_per_s=numbers["tokens_per_s"])
     ends = {str(event.get("job")): event for event in events if event.get("kind") == "job_end" and event.get("job")}
     return {
         "name": run.name,
         "stage": stage,
         "state": state_of(status, live=works, queued=any(job.state not in FINISHING for job in training), events=events),
         **numbers,
-        "mfu": mfu_of(plan.get(stage or "", {}), tokens_per_s=numbers["tokens_per_s"]),
+        "mfu": None if mfu is None else round(mfu, 4),
         "goodput": round(measured.goodput, 4) if measured else None,
         "wall_s": round(measured.wall_s, 1) if measured else None,
         "lost_s": {cause: round(lost, 1) for cause, lost in measured.largest} if measured else {},
@@ -129,14 +131,6 @@ def state_of(status: Row, *, live: bool, queued: bool, events: Sequence[Row]) ->
         return "failed"
     state = status["state"] if isinstance(status.get("state"), str) else "starting" if live else "not started"
     return "died" if state in ("starting", "running") and not live else state
-
-
-def mfu_of(plan: Row, *, tokens_per_s: float | None) -> float | None:
-    """As the plan counts it: causal FLOPs, against the dense peak of the precision. None on CPU ranks."""
-    if tokens_per_s is None or not is_number(plan.get("mfu_peak_tflops")):
-        return None
-    tflops = plan["flops_per_token"]["causal"] * tokens_per_s / plan["world_size"] / 1e12
-    return float(round(tflops / plan["mfu_peak_tflops"], 4))
 
 
 def open_fault(events: Sequence[Row]) -> str | None:

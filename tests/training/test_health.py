@@ -68,6 +68,17 @@ def test_an_excursion_that_ends_is_no_spike_and_leaves_no_trace():
     assert run(health, [(3.0, 1.0), (3.0, 1.0)], start=43) == {}  # the count began anew
 
 
+def test_steps_that_may_yet_be_rewound_are_in_doubt():
+    """No checkpoint is taken amid them: it would push out the one to go back to."""
+    health = StepHealth(settings())
+    assert run(health, healthy(40)) == {} and not health.is_in_doubt
+    assert run(health, [(3.0, 1.0)], start=40) == {} and health.is_in_doubt
+    assert run(health, healthy(1), start=41) == {} and not health.is_in_doubt
+    noted = StepHealth(settings(loss_spike=dict(SPIKE, action="note")))
+    run(noted, [*healthy(40), (3.0, 1.0)])
+    assert not noted.is_in_doubt  # whatever comes, nothing is rewound
+
+
 def test_only_upward():
     assert run(StepHealth(settings()), [*healthy(40), *[(0.1, 0.01)] * 8]) == {}
 
