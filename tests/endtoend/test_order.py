@@ -81,14 +81,13 @@ def test_a_kill_another_layout_and_another_batch_read_the_same_windows(prepared:
         ("stage=small", "layout=demo_pp", "layout.micro_batch_size=2", "stage.global_batch_size=4"),
         ("stage=small", "stage.global_batch_size=16", "cluster.gpus_per_node=1"),
     ]
-    step = 0
+    step, often = 0, ("stage.checkpoint.interval_tokens=2048", "stage.checkpoint.asynchronous=false")
     for words in resumes[:2]:
-        process = run.start_training(
-            "data.length_buckets=[256]", "data.trace=true", "stage.checkpoint.interval_tokens=2048", *words
-        )
+        process = run.start_training("data.length_buckets=[256]", "data.trace=true", *often, *words)
         step += moments.randint(5, 12)
         run.wait_for_step(step, stage="small", process=process)
         kill_all(run, process)
+        run.phidias("checkpoint", run.run, "action=convert", "runs_dir=runs")  # for the next layout
     train(run, *resumes[2])
     assert len(run.events("resume")) >= 2
     assert traced(run) == traced(straight)
@@ -139,7 +138,8 @@ def test_a_curriculum_with_tokens_epochs_and_a_bucket(prepared: Workspace) -> No
     words = ("stage=small", "mixture=curriculum", "stage.reset_attention_mask=true", "stage.eod_mask_loss=true")
     process = run.start_training("data.length_buckets=[256]", "data.trace=true", *words)
     run.wait_for_step(12, stage="small", process=process)
-    assert run.interrupt(process) == 130
+    run.phidias("stop", run.run, "layout=any", "runs_dir=runs")
+    assert process.wait(timeout=120) == 130
     train(run, *words, "layout=demo_pp", "layout.micro_batch_size=2")
     sources = {sample: window[0] for sample, window in traced(run).items()}
     first, second = ([sources[sample] for sample in span] for span in (range(192), range(192, 320)))
