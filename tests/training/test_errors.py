@@ -7,7 +7,16 @@ import pytest
 from data_prep.errors import DataError
 from launcher.rundir.checkpoints import CheckpointError, DiskFullError, UnwrittenError
 from launcher.rundir.exits import ExitClass, RunStateError
-from training.errors import NodeError, NonFiniteError, PrecisionError, exit_class, is_disk_full
+from training.errors import (
+    CorruptionError,
+    NodeError,
+    NonFiniteError,
+    NothingBeforeError,
+    PrecisionError,
+    UnhealthyError,
+    exit_class,
+    is_disk_full,
+)
 
 
 def raised_from(error: BaseException, cause: BaseException) -> BaseException:
@@ -36,6 +45,9 @@ TABLE = [
     (NodeError("no CUDA device"), ExitClass.BAD_NODE),
     (RunStateError("another run's directory"), ExitClass.STATE),
     (NonFiniteError("loss is nan"), ExitClass.NEEDS_PERSON),
+    (UnhealthyError("a budget is spent"), ExitClass.NEEDS_PERSON),
+    (CorruptionError("a step came to something else"), ExitClass.RETRYABLE),
+    (NothingBeforeError("no checkpoint to rewind to"), ExitClass.RETRYABLE),
     (DiskFullError("checkpoint"), ExitClass.NEEDS_PERSON),
     (FULL, ExitClass.NEEDS_PERSON),
     (OSError(errno.EDQUOT, "Disk quota exceeded"), ExitClass.NEEDS_PERSON),
@@ -81,6 +93,9 @@ def test_every_error_of_ours_is_in_the_table() -> None:
         DiskFullError,
         UnwrittenError,
         NodeError,
+        UnhealthyError,
+        CorruptionError,
+        NothingBeforeError,
     }
     assert ours <= {type(error) for error, _ in TABLE}
 

@@ -36,6 +36,8 @@ from tests.training.world import cpu_seams, one_rank
 from training.heartbeat import Heartbeat
 from training.interop import evaluate
 from training.interop.export import export
+from training.startup import Phases
+from training.step import Flags
 from training.trainer import Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -76,12 +78,12 @@ def train(run: RunDir, config: RunConfig) -> None:
     writers = mock.patch.object(filesystem_async, "_results_queue", None)  # which a Trainer starts a process for
     with cpu_seams(), one_rank(stage.layout) as rank, writers:
         heartbeat = Heartbeat(run, stage=stage.stage.name, rank=0, hang=config.monitor.hang)
-        trainer = Trainer(run, config, stage=stage, plan=plan, rank=rank, heartbeat=heartbeat)
+        trainer = Trainer(run, config, stage=stage, plan=plan, rank=rank, heartbeat=heartbeat, phases=Phases())
         trainer.restore()
         while not trainer.is_finished:
-            trainer.train_step(stop=False)
+            trainer.train_step(Flags())
         trainer.validate()
-        trainer.save()
+        trainer.save(any_layout=True, is_last=True)
         heartbeat.close()
 
 
