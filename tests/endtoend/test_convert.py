@@ -2,16 +2,14 @@
 gone on from; a stop may ask for one that needs no conversion."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 
 from tests.endtoend.workspace import Workspace
+from tests.slow import slow
 
-pytestmark = pytest.mark.skipif(
-    not os.environ.get("PHIDIAS_SLOW"), reason="runs in make test-slow; test_order.py converts too, without comparing losses"
-)
+pytestmark = slow  # test_order.py converts too, without comparing losses
 PP2, DP2 = "layout.pp=2", "layout.pp=1"  # on two ranks
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.endtoend.workspace import Workspace
+from tests.slow import slow
 
 Read = dict[int, list[Any]]
 SEED = 20_261_121  # of the moments at which runs are killed
@@ -186,6 +187,7 @@ def test_a_ramp_grows_the_batch_and_reads_the_same(prepared: Workspace, straight
     assert traced(run) == traced(straight)
 
 
+@slow
 def test_object_storage_with_a_cache_reads_the_same(prepared: Workspace, straight: Workspace) -> None:
     run = prepared.named("remote")
     url = f"run.data_dir=file://{prepared.root / 'data'}"
@@ -196,6 +198,7 @@ def test_object_storage_with_a_cache_reads_the_same(prepared: Workspace, straigh
     assert any((prepared.root / "cache").iterdir())
 
 
+@slow
 def test_plain_reads_read_the_same(prepared: Workspace, straight: Workspace) -> None:
     run = prepared.named("pread")
     train(run, "stage=small", "data.reader=pread", "data.prefetch_batches=0", "stage.tokens=5120")

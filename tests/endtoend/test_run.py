@@ -18,6 +18,7 @@ import pytest
 from launcher.rundir.lock import is_live
 from launcher.rundir.paths import RunDir
 from tests.endtoend.workspace import REPOSITORY, Workspace
+from tests.slow import slow
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,7 @@ def test_training_again_does_nothing(trained: Workspace) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in trained.run_dir.glob("checkpoints/*/*")}
 
 
-@pytest.mark.parametrize("stage", ["small", "long"])
+@pytest.mark.parametrize("stage", [pytest.param("small", marks=slow), "long"])
 def test_exported_logits_are_megatrons(trained: Workspace, stage: str) -> None:
     """The pretrained stage was saved by DP2, the midtrained one by PP2."""
     output = trained.phidias("export", "small", "runs_dir=runs", f"stage={stage}", "prompt=the loop")

@@ -52,7 +52,7 @@ def test_a_refused_config_ends_the_job(slurm, workspace):
     assert not refused.run_dir.exists()
 
 
-def test_a_stage_that_fails_takes_those_after_it_along(slurm, workspace):
+def test_a_stage_that_fails_takes_those_after_it_along(slow, slurm, workspace):
     both = workspace.named("both")
     command = [*both.words(), "cluster=lab", "cluster.partition=low", "stage.tokens=122880"]  # long enough to be stopped
     runs = f"runs_dir={both.root / 'runs'}"

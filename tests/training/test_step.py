@@ -89,8 +89,8 @@ def test_sums() -> None:
     assert sums.loss == pytest.approx(1.5)
     assert sums.loss_by_source(["a", "b", "c"]) == {"a": 3.0, "c": 0.75}
     assert sums.tokens_by_source(["a", "b", "c"]) == {"a": 2, "b": 0, "c": 4}
-    assert Sums((0.0,), (0,), stop=False).loss == 0.0
-    assert math.isnan(Sums((math.nan, 1.0), (1, 1), stop=False).loss)
+    assert Sums((0.0,), (0,)).loss == 0.0
+    assert math.isnan(Sums((math.nan, 1.0), (1, 1)).loss)
     with pytest.raises(ValueError, match="zip"):
         sums.loss_by_source(["a", "b"])
 
