@@ -71,7 +71,7 @@ class Straggler:
 @dataclass(config=STRICT, frozen=True)
 class Corruption:
     """A step computed twice differs by more than `tolerance` of its loss or gradient norm, or data-parallel ranks hold other
-    weights. Looked for every `interval_steps` (null: never) and before each checkpoint."""
+    weights. Looked for every `interval_steps` (null: never), weights before checkpoints too."""
 
     _: KW_ONLY
     interval_steps: PositiveInt | None
@@ -91,7 +91,8 @@ class DataStall:
 
 @dataclass(config=STRICT, frozen=True)
 class CheckpointFailure:
-    """A checkpoint could not be written; a full disk always waits for a person. `note`: the next one is tried when due."""
+    """A checkpoint could not be written; a full disk always waits for a person. `note`: the next one is tried when due,
+    and `budget` failures in a row are let pass."""
 
     _: KW_ONLY
     action: Literal["note", "restart", "stop"]
