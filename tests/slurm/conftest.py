@@ -25,13 +25,14 @@ def slurm(slurm_installed):
 def as_booted(request):
     """What a test leaves behind, also one that fails, is not the next one's."""
     yield
-    if "slurm" in request.fixturenames:
-        request.getfixturevalue("slurm").reset()
+    if lab := request.node.funcargs.get("slurm"):
+        lab.reset()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def slow():
-    """A case whose decision has a fast test elsewhere, or that takes minutes: `make test-slow` runs it."""
+    """A case whose decision has a fast test elsewhere, or that takes minutes: `make test-slow` runs it. Asked for
+    first, and of the whole session: nothing is set up for what is skipped."""
     if not os.environ.get("PHIDIAS_SLOW"):
         pytest.skip("slow: PHIDIAS_SLOW=1, or make test-slow")
 

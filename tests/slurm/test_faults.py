@@ -4,6 +4,7 @@ happened, or ends and says why."""
 import pytest
 
 from launcher.rundir.paths import RunDir
+from tests.chaos.nodes import node_storm
 from tests.slurm.training import (
     STARTED_S,
     losses,
@@ -15,6 +16,7 @@ from tests.slurm.training import (
     workspace_of_slurm,
 )
 
+SEED = 7
 # 120 steps, a checkpoint every 16, there before the next step: what is gone on from is not a matter of chance.
 TOKENS = ("stage.tokens=61440", "stage.checkpoint.asynchronous=false")
 
@@ -34,12 +36,19 @@ def undisturbed(workspace):
     return losses(whole)
 
 
+def test_a_run_gets_over_two_nodes_that_go_down(slurm_installed, tmp_path):
+    """One after the other, wherever the job's own script runs; the other faults of the chaos harness need no Slurm."""
+    outcomes, wrong = node_storm(tmp_path, count=2, seed=SEED)
+    assert len(outcomes) == 2 and all(outcome.survived for outcome in outcomes), outcomes
+    assert wrong == []
+
+
 def send(slurm, run, signal):
     """To one rank; not to srun, nor to what ranks have forked."""
     slurm.run("pkill", f"--signal={signal}", "--oldest", "--full", f"^[^ ]*python[^ ]* -m training {run.run_dir} ")
 
 
-def test_a_rank_that_is_killed_is_started_again_in_the_same_job(slurm, workspace, undisturbed):
+def test_a_rank_that_is_killed_is_started_again_in_the_same_job(slow, slurm, workspace, undisturbed):
     killed = workspace.named("killed")
     number = submit(slurm, killed, *TOKENS)
     until_step(killed, 20)
