@@ -31,6 +31,7 @@ __all__ = [
     "TokenizerEntry",
     "accepted_states",
     "damaged_shards",
+    "digest_of",
     "document_lengths",
     "encode_manifest",
     "import_shards",
@@ -112,6 +113,11 @@ def split_of(shards: Sequence[ShardEntry]) -> SplitEntry:
     return SplitEntry(
         documents=sum(shard.documents for shard in shards), tokens=sum(shard.tokens for shard in shards), shards=tuple(shards)
     )
+
+
+def digest_of(shards: Iterable[ShardEntry]) -> str:
+    """Equal where they hold the same tokens in the same order, by their checksums."""
+    return blake2b("\n".join(shard.bin_xxh3 for shard in shards).encode(), digest_size=16).hexdigest()
 
 
 def read_manifest(place: Path | Folder) -> Manifest:

@@ -16,7 +16,7 @@ from launcher.plan.parameters import flops_per_token
 from launcher.report.compare_history import Column, StageLosses, read_losses
 from launcher.report.format import format_count
 from launcher.rundir.freeze import read_config
-from launcher.rundir.order import recorded_shards, recorded_tables, stage_shares
+from launcher.rundir.order import recorded_held_out, recorded_shards, recorded_tables, stage_shares
 from launcher.rundir.paths import RunDir
 
 CONVENTION = "causal"  # FLOPs as the planner's MFU counts them
@@ -181,8 +181,8 @@ def shared_sources(curves: Sequence[Curve]) -> tuple[list[str], list[str]]:
     """The sources on whose held-out text all runs are measured alike, and a line for each that is left out. ConfigError where
     none remains.
 
-    Text is taken to differ where validations read another number of its tokens, or where order.json has shards of the same
-    name and another size: then it was prepared anew, and its held-out documents with it."""
+    Text differs where validations read another number of its tokens, or order.json has another digest of it. Runs from before
+    that was recorded are taken to differ where shards of the same name have another size: those were prepared anew."""
     named = [name for curve in curves for name in curve.config.stage(curve.stage).mixture.sources]
     every = [name for name in dict.fromkeys(named) if any(name in curve.losses for curve in curves)]
     shards = [recorded_shards(curve.run) for curve in curves]
@@ -202,6 +202,9 @@ def _why_not(name: str, *, curves: Sequence[Curve], sizes: Sequence[Mapping[str,
     counts = {curve.evaluated.get(name): curve.name for curve in curves}
     if len(counts) > 1:
         return "its held-out text differs: " + ", ".join(f"{count} tokens in {run}" for count, run in counts.items())
+    texts = {text: curve.name for curve in curves if (text := recorded_held_out(curve.run).get(name))}
+    if len(texts) > 1:
+        return "its held-out text differs: it was prepared in another way for " + " and ".join(texts.values())
     for row, curve in zip(sizes, curves, strict=True):
         first = sizes[0].get(name, {})
         if changed := [file for file, size in row.get(name, {}).items() if first.get(file, size) != size]:

@@ -1,4 +1,4 @@
-"""order.json: which mixture holds from which sample of each stage on, and the shards as they were at launch.
+"""order.json: which mixture holds from which sample of each stage on, and the shards and held-out text as of the launch.
 
 A mixture changed on resume is a new phase "from here on": what the run has read is never moved. Ranks read this file.
 """
@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from data_prep.errors import DataError
+from data_prep.manifest import digest_of
 from data_prep.mixing import (
     AmountError,
     PhaseRow,
@@ -121,6 +122,12 @@ def recorded_shards(run: RunDir) -> Mapping[str, Mapping[str, FileState]]:
     return {name: {file: FileState(*state) for file, state in files.items()} for name, files in tree.items()}
 
 
+def recorded_held_out(run: RunDir) -> dict[str, str]:
+    """What tells the held-out text of each source from any other; empty for a run from before it was recorded."""
+    tree: dict[str, Any] = read_json(run.order) if run.order.exists() else {}
+    return dict(tree.get("held_out", {}))
+
+
 def recorded_skips(run: RunDir, stage: str) -> list[tuple[int, int]]:
     """Samples [first, end) of a stage that are left out for good, in the order in which that was decided."""
     rows = [row for row in read_records(run.events) if row.get("kind") == "skip" and row.get("stage") == stage]
@@ -145,7 +152,9 @@ def _write(run: RunDir, *, tables: Mapping[str, Rows], prepared: Prepared) -> No
     stages = {name: rows_to_json(rows) for name, rows in tables.items()}
     files = {**recorded_shards(run), **{name: stream.states for name, stream in prepared.streams.items()}}
     shards = {name: {file: [state.size, state.version] for file, state in row.items()} for name, row in files.items()}
-    write_json(run.order, {"format_version": FORMAT_VERSION, "stages": stages, "shards": shards})
+    texts = {name: digest_of(stream.manifest.held_out.shards) for name, stream in prepared.streams.items()}
+    held_out = {**recorded_held_out(run), **texts}
+    write_json(run.order, {"format_version": FORMAT_VERSION, "stages": stages, "shards": shards, "held_out": held_out})
 
 
 def _tell(run: RunDir, stage: str, row: PhaseRow, *, config: RunConfig, on_change: Callable[[str], None]) -> None:

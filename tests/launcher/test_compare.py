@@ -413,6 +413,17 @@ def test_shards_prepared_anew_are_other_held_out_text(make: Any) -> None:
     assert comparison.notes[0].startswith("a is not in the shared mean: it was prepared anew between first and second")
 
 
+def test_held_out_text_is_told_from_other_text_of_the_same_size(make: Any) -> None:
+    runs = [make("first", {END: flat(2.0)}), make("second", {END: flat(3.0)}, seed=2), make("third", {END: flat(3.0)}, seed=3)]
+    for run, digest in zip(runs, ("0a", "0b", "0a"), strict=True):
+        write_json(run.order, {**read_json(run.order), "held_out": {"a": digest, "b": "11"}})
+    comparison = compare_runs(runs)
+    assert comparison.sources == ("b", "c")
+    told = "a is not in the shared mean: its held-out text differs: it was prepared in another way for"
+    assert comparison.notes[0].startswith(told)
+    assert compare_runs([runs[0], runs[2]]).sources == ("a", "b", "c")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -12,6 +12,7 @@ from data_prep.manifest import verify_source
 from data_prep.mixing import Extent, names_of, plan_phases, schedule_of
 from data_prep.order import SLOTS, SourceOrder, StageOrder, carry_over, quantise
 from data_prep.spec import Amount, Mixture, Phase, Source
+from data_prep.stream import SourceStream
 from launcher.config.compose import compose_run
 from launcher.config.errors import ConfigError
 from launcher.config.reading import assumed_sizes, plan_tables, source_order
@@ -19,7 +20,7 @@ from launcher.plan.prepared import Prepared, read_source
 from launcher.rundir.checkpoints import FORMAT_VERSION, Meta
 from launcher.rundir.exits import RunStateError
 from launcher.rundir.freeze import open_run, read_config
-from launcher.rundir.order import recorded_shards, recorded_tables, stage_shares
+from launcher.rundir.order import recorded_held_out, recorded_shards, recorded_tables, stage_shares
 from launcher.rundir.records import append_record, read_json, read_records, write_json
 from tests.training.shards import write_sources
 from tests.training.tiny import run_config, stage_config
@@ -114,6 +115,8 @@ def test_the_shards_are_written_down_as_they_were(tiny):
     recorded = {name: (state.size, state.version) for name, state in recorded_shards(run)["a"].items()}
     assert recorded["shard_00000.bin"] == (files["shard_00000.bin"].st_size, str(files["shard_00000.bin"].st_mtime_ns))
     assert recorded_shards(run).keys() == {"a", "b", "c"}
+    held_out = SourceStream(run.root.parent.parent / "data" / "a", name="a", split="held_out")
+    assert recorded_held_out(run)["a"] == held_out.digest and len(set(recorded_held_out(run).values())) == 3
 
 
 def test_opened_again_it_stays_as_it_is(tiny):
