@@ -17,6 +17,7 @@ import torch.distributed as dist  # noqa: E402
 from launcher.rundir.paths import RunDir  # noqa: E402
 from tests.training.tiny import run_config  # noqa: E402
 from tests.training.world import model  # noqa: E402
+from training.clocks import Spent  # noqa: E402
 from training.health import StepHealth  # noqa: E402
 from training.heartbeat import Heartbeat  # noqa: E402
 from training.model import build_model  # noqa: E402
@@ -63,7 +64,7 @@ def main() -> None:
     places, watch = gather_places(rank), StragglerWatch(config.monitor.health.straggler)
 
     def pace() -> None:
-        paces = gather_pace(rank, places=places, forward_s=1.0, wait_s=0.0, step_s=2.0)
+        paces = gather_pace(rank, places=places, spent=Spent(1.0), wait_s=0.0, step_s=2.0)
         compared = ratios(paces)
         assert not watch.judge(compared) and summary(paces, compared=compared)
 

@@ -126,6 +126,13 @@ class StageData:
             here[stream.name] = Consumed(position, self.seq_length, stream.digest, order.windows, num_windows)
         return {**self.start_ledger, **here}
 
+    def epochs(self, samples: int) -> dict[str, float]:
+        """How often the run has read each source after `samples` sequences of this stage, over all its stages so far."""
+        positions = self.order.positions(samples).tolist()
+        return {
+            order.name: round(order.epochs(position), 6) for order, position in zip(self.order.orders, positions, strict=True)
+        }
+
     def shares_at(self, samples: int) -> dict[str, float]:
         """The share of each source in the phase that the sample before lies in."""
         row = [row for row in self.phases if row.start_sample < max(1, samples)][-1]

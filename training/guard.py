@@ -12,6 +12,7 @@ from launcher.config.schema import RunConfig
 from launcher.rundir.checkpoints import CheckpointError, DiskFullError
 from launcher.rundir.paths import RunDir
 from launcher.rundir.records import read_records
+from training.clocks import Spent
 from training.devices import DeviceWatch
 from training.errors import CorruptionError, NodeError, NonFiniteError, UnhealthyError
 from training.health import Budgets, Finding, StepHealth, count_actions
@@ -119,9 +120,9 @@ class Guard:
             why += f". {finding.budget} such steps were left out before: monitor.health.{finding.kind}.budget"
         raise (NonFiniteError if finding.kind == "non_finite" else UnhealthyError)(why)
 
-    def look_around(self, *, step: int, step_s: float, compute_s: float, waited_s: float) -> dict[str, Any]:
+    def look_around(self, *, step: int, step_s: float, spent: Spent, waited_s: float) -> dict[str, Any]:
         """At a metrics row; times are means over the steps since the last one, in seconds. What it says of the ranks."""
-        paces = gather_pace(self.rank, places=self.places, forward_s=compute_s, wait_s=waited_s, step_s=step_s)
+        paces = gather_pace(self.rank, places=self.places, spent=spent, wait_s=waited_s, step_s=step_s)
         compared = ratios(paces)
         if slow := self.stragglers.judge(compared):
             self._leave_behind(slow, step=step)

@@ -48,6 +48,10 @@ class Heartbeat:
         yield
         self._next_step(step)
 
+    def end(self, *, step: int) -> None:
+        """No step comes any more: what is open is closed, by sinks and by the interpreter."""
+        self._tell("end", step=step, limit_s=self.hang.pause_s)
+
     def close(self) -> None:
         faulthandler.cancel_dump_traceback_later()
         self.stack.close()

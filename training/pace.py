@@ -5,60 +5,20 @@ own tensor- and context-parallel group; these are judged together.
 """
 
 import os
+import resource
 import socket
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from launcher.config.monitoring import Straggler
+from training.clocks import Spent
 from training.parallel import Rank
-
-
-class ComputeClock:
-    """Adds up what lies between `start` and `stop`. On a GPU these are events in its stream, which cost the host microseconds
-    and are read when `take` is called, after the step has ended."""
-
-    def __init__(self, device: torch.device):
-        self.on_gpu = device.type == "cuda"
-        self.seconds, self.began = 0.0, 0.0
-        self.events: list[torch.cuda.Event] = []  # start, stop, start, stop, ...
-        self.free: list[torch.cuda.Event] = []
-
-    def start(self) -> None:
-        """Begins a forward pass; one that was not stopped, for an error, is forgotten."""
-        if self.on_gpu:
-            del self.events[len(self.events) // 2 * 2 :]
-            self._mark()
-        else:
-            self.began = time.perf_counter()
-
-    def stop(self) -> None:
-        if self.on_gpu:
-            self._mark()
-        else:
-            self.seconds += time.perf_counter() - self.began
-
-    def take(self) -> float:
-        """The seconds since it was called last; waits for the GPU where it is not done with them."""
-        if self.events:
-            self.events[-1].synchronize()
-            pairs = zip(self.events[::2], self.events[1::2], strict=False)
-            self.seconds += sum(first.elapsed_time(last) for first, last in pairs) / 1e3
-            self.free += self.events
-            self.events = []
-        seconds, self.seconds = self.seconds, 0.0
-        return seconds
-
-    def _mark(self) -> None:
-        event = self.free.pop() if self.free else torch.cuda.Event(enable_timing=True)
-        event.record()
-        self.events.append(event)
 
 
 @dataclass(frozen=True)
@@ -77,13 +37,22 @@ class Place:
 
 @dataclass(frozen=True)
 class RankPace:
-    """Of one rank, in seconds a step: in forward computation, until its batch was there, and all of the step."""
+    """Of one rank, in seconds a step: in forward and backward computation and the optimizer, until its batch was there, and all
+    of the step. `memory_bytes`: the most it has held."""
 
     rank: int
     place: Place
     forward_s: float
+    backward_s: float
+    optimizer_s: float
     wait_s: float
     step_s: float
+    memory_bytes: float
+
+    @property
+    def exposed_s(self) -> float:
+        """Neither computing nor without data: it waited for other ranks or for its own communication."""
+        return max(0.0, self.step_s - self.wait_s - self.forward_s - self.backward_s - self.optimizer_s)
 
 
 @dataclass(frozen=True)
@@ -108,9 +77,17 @@ def gather_places(rank: Rank) -> list[Place]:
     return places
 
 
-def gather_pace(rank: Rank, *, places: Sequence[Place], forward_s: float, wait_s: float, step_s: float) -> list[RankPace]:
-    """The pace of every rank, on every rank. Collective over the world: three numbers a rank, at a metrics row."""
-    own = torch.tensor([forward_s, wait_s, step_s], dtype=torch.float64, device=rank.device)
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most that tensors have taken of a GPU since the start; of a CPU rank its resident memory at its height."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def gather_pace(rank: Rank, *, places: Sequence[Place], spent: Spent, wait_s: float, step_s: float) -> list[RankPace]:
+    """The pace of every rank, on every rank. Collective over the world: six numbers a rank, at a metrics row."""
+    told = [*astuple(spent), wait_s, step_s, float(peak_memory_bytes(rank.device))]
+    own = torch.tensor(told, dtype=torch.float64, device=rank.device)
     gathered = torch.empty(rank.world_size * len(own), dtype=torch.float64, device=rank.device)
     dist.all_gather_into_tensor(gathered, own)
     rows = gathered.view(rank.world_size, -1).tolist()
@@ -156,9 +133,13 @@ def summary(paces: Sequence[RankPace], *, compared: Sequence[Slow]) -> dict[str,
     row: dict[str, Any] = {
         "forward_s": round(statistics.fmean(forward), 6),
         "forward_max_s": round(max(forward), 6),
+        "backward_s": round(statistics.fmean(pace.backward_s for pace in paces), 6),
+        "optimizer_s": round(statistics.fmean(pace.optimizer_s for pace in paces), 6),
+        "exposed_s": round(statistics.fmean(pace.exposed_s for pace in paces), 6),
         "rank_step_s": round(statistics.fmean(step), 6),
         "rank_step_max_s": round(max(step), 6),
         "data_wait_max_s": round(max(pace.wait_s for pace in paces), 6),
+        "memory_max_bytes": int(max(pace.memory_bytes for pace in paces)),
     }
     if compared:
         slowest = compared[0]

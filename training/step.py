@@ -19,7 +19,8 @@ from megatron.core.utils import get_model_config
 
 from launcher.config.schema import StageConfig
 from training.batch import MicroBatch
-from training.pace import ComputeClock
+from training.clocks import OPTIMIZER, Clocks
+from training.norms import UpdateWatch
 from training.parallel import Rank
 
 
@@ -79,9 +80,10 @@ class Stepper:
         self, stage: StageConfig, *, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer, rank: Rank
     ):
         self.stage, self.chunks, self.optimizer, self.rank = stage, list(chunks), optimizer, rank
-        self.num_sources, self.clock = len(stage.mixture.sources), ComputeClock(rank.device)
+        self.num_sources, self.clocks = len(stage.mixture.sources), Clocks(rank.device)
+        self.watch = UpdateWatch(optimizer, rank=rank, is_sharded=stage.layout.distributed_optimizer)
         self.forward_backward = get_forward_backward_func()
-        connect(self.chunks, optimizer=optimizer)
+        connect(self.chunks, optimizer=optimizer, clocks=self.clocks)
 
     def train(self, batches: list[MicroBatch] | None, *, num_microbatches: int, flags: Flags = Flags()) -> tuple[Sums, float]:
         """One optimizer step, whatever comes of it. Returns the batch's sums and the gradient norm."""
@@ -91,16 +93,26 @@ class Stepper:
 
     def gradients(self, batches: list[MicroBatch] | None, *, num_microbatches: int, flags: Flags) -> Result:
         """Forward and backward. The weights are as they were, and so may be computed again on."""
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        with self.clocks.around(OPTIMIZER):
+            for chunk in self.chunks:
+                chunk.zero_grad_buffer()
+            self.optimizer.zero_grad()
         reports = self._run(batches, num_microbatches=num_microbatches, forward_only=False)
-        self.optimizer.prepare_grads()
+        with self.clocks.around(OPTIMIZER):
+            self.optimizer.prepare_grads()
         return self.reduce(reports, grad_norm=float(self.optimizer.get_grad_norm()), flags=flags)
 
     @torch.no_grad()
-    def update(self, grad_norm: float) -> None:
-        """Clips the gradients and takes the optimizer's step: ChainedOptimizer's own, parted where its norm is known."""
+    def update(self, grad_norm: float, *, watch: bool = False) -> dict[str, float]:
+        """Clips the gradients and takes the optimizer's step: ChainedOptimizer's own, parted where its norm is known. What
+        `watch` looks at is for a metrics row."""
+        if watch:
+            self.watch.before()
+        with self.clocks.around(OPTIMIZER):
+            self._update(grad_norm)
+        return self.watch.after() if watch else {}
+
+    def _update(self, grad_norm: float) -> None:
         for optimizer in parts(self.optimizer):
             if self.stage.optim.clip_grad > 0 and (parameters := optimizer.get_parameters()):
                 clip_grad_by_total_norm_fp32(parameters, max_norm=self.stage.optim.clip_grad, total_norm=grad_norm)
@@ -135,7 +147,7 @@ class Stepper:
         iterators = [iter(batches) if batches else None for _ in self.chunks]
         interleaved = len(self.chunks) > 1
         reports: list[torch.Tensor] = self.forward_backward(
-            forward_step_func=partial(forward_step, num_sources=self.num_sources, clock=self.clock),
+            forward_step_func=partial(forward_step, num_sources=self.num_sources),
             data_iterator=iterators if interleaved else iterators[0],
             model=self.chunks if interleaved else self.chunks[0],
             num_microbatches=num_microbatches,
@@ -146,11 +158,15 @@ class Stepper:
         return reports
 
 
-def connect(chunks: list[DistributedDataParallel], *, optimizer: MegatronOptimizer) -> None:
-    """Tells the schedules how to reduce gradients and gather parameters: Megatron passes these through the config."""
+def connect(chunks: list[DistributedDataParallel], *, optimizer: MegatronOptimizer, clocks: Clocks) -> None:
+    """Tells the schedules how to reduce gradients and gather parameters, and what to measure: Megatron passes these through the
+    config."""
     config, ddp = get_model_config(chunks[0]), chunks[0].ddp_config
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
+    config.timers = clocks
+    for part in parts(optimizer):
+        part.config.timers = clocks
     if ddp.overlap_grad_reduce:
         no_sync, grad_sync = [chunk.no_sync for chunk in chunks], [chunk.start_grad_sync for chunk in chunks]
         config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
@@ -164,13 +180,10 @@ def parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return list(optimizer.chained_optimizers) if isinstance(optimizer, ChainedOptimizer) else [optimizer]
 
 
-def forward_step(
-    iterator: Iterator[MicroBatch] | None, model: Any, *, num_sources: int, clock: ComputeClock
-) -> tuple[torch.Tensor, Any]:
+def forward_step(iterator: Iterator[MicroBatch] | None, model: Any, *, num_sources: int) -> tuple[torch.Tensor, Any]:
     """Megatron's forward step: the model's output (on the last stage, the loss of each token [B, S]) and the loss function. A
     stage in the middle of a pipeline reads of the batch where documents begin; without a batch there is one attention."""
     batch = next(iterator) if iterator is not None else None
-    clock.start()
     if batch is None:
         output = model(input_ids=None, position_ids=None, attention_mask=None)
     else:
@@ -181,7 +194,6 @@ def forward_step(
             labels=batch.labels_BS,
             packed_seq_params=batch.packed,
         )
-    clock.stop()
     return output, partial(token_loss, batch, num_sources)
 
 

@@ -1,6 +1,8 @@
 """What one rank holds of a stage, and the verbs that the loop is made of."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,14 +21,17 @@ from launcher.rundir.exits import ExitClass
 from launcher.rundir.order import recorded_shards, recorded_skips, recorded_tables
 from launcher.rundir.paths import RunDir
 from launcher.rundir.reshard import describe_key, reshard_key
+from launcher.rundir.speed import read_plan, speed_fields
 from launcher.rundir.stop import wants_any_layout
 from training.checkpoint import Checkpointer, get_rng, layout_key, set_rng
+from training.clocks import StepTimes
 from training.data import HeldOutFeed, StageData, TrainingFeed, ledger_from_json, ledger_to_json
 from training.errors import CorruptionError, NodeError, NothingBeforeError, UnhealthyError
+from training.fp8 import Fp8Watch
 from training.guard import Guard
 from training.health import Finding, StepHealth
 from training.heartbeat import Heartbeat
-from training.metrics import Metrics, StepTimes
+from training.metrics import Metrics
 from training.model import build_model
 from training.optimizer import build_optimizer, build_schedule, set_schedule
 from training.parallel import Rank
@@ -72,6 +77,8 @@ class Trainer:
         optimizer = build_optimizer(stage, chunks=chunks)
         self.schedule = build_schedule(stage, plan=plan, optimizer=optimizer)
         self.stepper = Stepper(stage, chunks=chunks, optimizer=optimizer, rank=rank)
+        self.fp8 = Fp8Watch(chunks, rank=rank, is_on=stage.precision.fp8 is not None)
+        self.planned = read_plan(run.plan).get(stage.stage.name, {})
         self.checkpointer = Checkpointer(run, stage=stage.stage.name, layout=stage.layout, chunks=chunks, optimizer=optimizer)
         self.guard = Guard(run, config, stage=stage.stage.name, rank=rank, chunks=chunks, metrics=self.metrics)
         self.data: StageData | None = None
@@ -126,7 +133,7 @@ class Trainer:
         self.checkpointer.load(saved, self.stage.optim)
         self.progress = Progress(meta.samples, meta.step, dict(meta.tokens_by_source))
         self.times, self.validated = StepTimes(), None  # of steps that a rewind threw away
-        self.stepper.clock.take()
+        self.stepper.clocks.take()
         self.guard.steps = StepHealth.from_json(self.config.monitor.health, meta.health)
         self.checkpointer.writer.last_bytes = sum(meta.files.values())
         since = meta.samples - self.plan.batch_size_at(max(0, meta.samples - 1))
@@ -191,8 +198,7 @@ class Trainer:
         except (UnhealthyError, CorruptionError, NodeError):  # on all ranks: what is being written is from before
             self.publish()
             raise
-        if action == "note":
-            self.update(result, end=end)
+        watched = self.update(result, end=end) if action == "note" else {}
         took = time.perf_counter() - began
         self.times.add(tokens=(end - first) * self.stage.stage.seq_length, seconds=took, waited_s=waited_s)
         self.heartbeat.step(self.progress.step, seconds=took)
@@ -200,8 +206,8 @@ class Trainer:
         if action != "note":
             assert finding is not None
             self.leave_out(finding, first=first, end=end, action=action)
-        elif self.progress.step % self.config.monitor.log_interval == 0 or self.is_finished:
-            self.log(result, lr=lr)
+        elif self.is_row:
+            self.log(result, lr=lr, watched=watched)
         self.guard.look_at_own(step=self.progress.step, waited_s=waited_s)
         if not result.sums.flags.writing:
             self.publish()
@@ -229,12 +235,20 @@ class Trainer:
     def has_dropout(self) -> bool:
         return self.config.model.hidden_dropout > 0 or self.config.model.attention_dropout > 0
 
-    def update(self, result: Result, *, end: int) -> None:
-        self.stepper.update(result.grad_norm)
+    @property
+    def is_row(self) -> bool:
+        """Whether the step just taken has a row of its own."""
+        return self.progress.step % self.config.monitor.log_interval == 0 or self.is_finished
+
+    def update(self, result: Result, *, end: int) -> dict[str, float]:
+        """Takes the step; what it did to the weights, where a row is to say so."""
+        is_row = (self.progress.step + 1) % self.config.monitor.log_interval == 0 or end >= self.plan.num_samples
+        watched = self.stepper.update(result.grad_norm, watch=is_row)
         self.guard.steps.accept(loss=result.sums.loss, grad_norm=result.grad_norm)
         self.count(result.sums)
         self.progress.step += 1
         self.go_to(end)
+        return watched
 
     def go_to(self, sample: int) -> None:
         """The next batch begins there, or behind what is left out there. Losses of another mixture are not judged by those
@@ -290,21 +304,26 @@ class Trainer:
         for name, tokens in sums.tokens_by_source(self.opened.names).items():
             self.progress.tokens_by_source[name] = self.progress.tokens_by_source.get(name, 0) + tokens
 
-    def log(self, result: Result, *, lr: float) -> None:
+    def log(self, result: Result, *, lr: float, watched: dict[str, float]) -> None:
         """A row: the loss of this step, the times of all since the last row."""
         sums, times = result.sums, self.times.means()
-        step_s, waited_s, compute_s = times["step_time_s"], times["data_wait_s"], self.stepper.clock.take() / self.times.steps
-        pace = self.guard.look_around(step=self.progress.step, step_s=step_s, compute_s=compute_s, waited_s=waited_s)
+        step_s, waited_s, spent = times["step_time_s"], times["data_wait_s"], self.stepper.clocks.take() / self.times.steps
+        pace = self.guard.look_around(step=self.progress.step, step_s=step_s, spent=spent, waited_s=waited_s)
+        speed = speed_fields(self.planned, tokens_per_s=times["tokens_per_s"], memory_bytes=pace["memory_max_bytes"])
         self.metrics.train(
             self.progress.step,
             samples=self.progress.samples,
             loss=sums.loss,
             loss_by_source=sums.loss_by_source(self.opened.names),
             tokens_by_source=dict(self.progress.tokens_by_source),
+            epochs_by_source=self.opened.epochs(self.progress.samples),
             lr=lr,
             grad_norm=result.grad_norm,
+            **watched,
             **times,
+            **speed,
             **pace,
+            **self.fp8.take(),
         )
         self.times = StepTimes()
         self.metrics.status("running")
@@ -323,7 +342,7 @@ class Trainer:
         began = time.perf_counter()
         with self.heartbeat.pause("validation", step=self.progress.step):
             sums = self.stepper.evaluate(self.held_out.batches(), num_microbatches=self.held_out.num_microbatches)
-        self.stepper.clock.take()
+        self.stepper.clocks.take()
         by_source = sums.loss_by_source(self.opened.names)
         loss = mixture_loss(by_source, shares=self.opened.shares_at(self.progress.samples))
         self.validated = (self.progress.step, loss)
@@ -348,7 +367,7 @@ class Trainer:
         self.publish()
         self.save_is_due = False
         policy, step = self.stage.stage.checkpoint, self.progress.step
-        with self.heartbeat.pause("checkpoint", step=step):
+        with self.standing_still():
             self.guard.check_disk(step=step, last_bytes=self.checkpointer.writer.last_bytes)
             try:
                 self.checkpointer.save(self.meta(), policy=policy, any_layout=any_layout, wait=is_last)
@@ -362,13 +381,21 @@ class Trainer:
         pass."""
         if self.checkpointer.writer.write is None:
             return
-        with self.heartbeat.pause("checkpoint", step=self.progress.step):
+        with self.standing_still():
             try:
                 self.checkpointer.writer.finish()
                 self.guard.failed_in_a_row = 0
             except CheckpointError as error:
                 self.guard.checkpoint_failed(error, step=self.progress.step)
             self.metrics.goodput(samples=self.progress.samples)
+
+    @contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """For a checkpoint: the seconds are in the next row."""
+        began = time.perf_counter()
+        with self.heartbeat.pause("checkpoint", step=self.progress.step):
+            yield
+        self.times.stall(time.perf_counter() - began)
 
     def meta(self) -> Meta:
         samples, (step, loss) = self.progress.samples, self.validated or (-1, None)
@@ -391,6 +418,7 @@ class Trainer:
         )
 
     def finish(self, kind: str, exit_class: ExitClass) -> ExitClass:
+        self.heartbeat.end(step=self.progress.step)
         self.metrics.event(kind, exit=exit_class.name, step=self.progress.step)
         self.metrics.at(self.progress.step, samples=self.progress.samples)
         self.feed.close()

@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 from launcher.rundir.phases import CAUSES
 
-FIRST, SOURCES, OPTIMIZER, RANKS, SYSTEM = "Look here first", "Sources", "Optimizer", "Ranks", "System"
+FIRST, SOURCES, OPTIMIZER, SPEED, RANKS, SYSTEM = (
+    "Look here first", "Sources", "Optimizer", "Speed and memory", "Ranks", "System"
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,21 +29,37 @@ class Row:
 
 
 # The one table of what is shown: tests compare it with what a run writes. Goodput is logged at checkpoints, the slowest rank
-# where there are several that compute the same.
+# where there are several that compute the same, MFU and what is over predicted with GPUs, FP8 where it is on.
 TABLE = (
     Row(section=FIRST, title="Loss", unit="nats per token", metrics=("train/loss",)),
     Row(section=FIRST, title="Held-out loss", unit="nats per token", metrics=("validation/loss",)),
     Row(section=FIRST, title="Gradient norm", unit="before clipping", metrics=("train/grad_norm",), log=True),
     Row(section=FIRST, title="Speed", unit="tokens/s", metrics=("train/tokens_per_s",)),
+    Row(section=FIRST, title="MFU", unit="part of the dense peak, causal FLOPs", metrics=("train/mfu",)),
     Row(section=FIRST, title="Step time and wait for data", unit="s", metrics=("train/step_time_s", "train/data_wait_s")),
     Row(section=FIRST, title="Slowest rank", unit="times the median", metrics=("train/slowest_ratio",)),
     Row(section=FIRST, title="Goodput", unit="part of the time", metrics=("goodput/productive",)),
     Row(section=FIRST, title="Time lost, by cause", unit="s", metrics=tuple(f"goodput/{cause}_s" for cause in CAUSES),
         kind="stacked-area"),
+    Row(section=FIRST, title="Events so far", unit="of each kind", each="event"),
     Row(section=SOURCES, title="Loss by source", unit="nats per token", each="train/loss_by_source"),
     Row(section=SOURCES, title="Held-out loss by source", unit="nats per token", each="validation/loss_by_source"),
     Row(section=SOURCES, title="Tokens by source", unit="tokens", each="train/tokens_by_source", kind="stacked-area"),
+    Row(section=SOURCES, title="Epochs by source", unit="times read", each="train/epochs_by_source"),
     Row(section=OPTIMIZER, title="Learning rate", unit="", metrics=("train/lr",)),
+    Row(section=OPTIMIZER, title="Norm of the weights", unit="", metrics=("train/weight_norm",)),
+    Row(section=OPTIMIZER, title="Size of an update", unit="part of their norm", metrics=("train/update_ratio",), log=True),
+    Row(section=OPTIMIZER, title="Zeros in the gradient", unit="part of it", metrics=("train/zero_grads",)),
+    Row(section=OPTIMIZER, title="FP8: tensors cut off", unit="tensors", metrics=("train/fp8_overflows",)),
+    Row(section=OPTIMIZER, title="FP8: largest value", unit="", metrics=("train/fp8_amax_max",), log=True),
+    Row(section=OPTIMIZER, title="FP8: smallest scale", unit="", metrics=("train/fp8_scale_min",), log=True),
+    Row(section=SPEED, title="Where a step goes", unit="s", kind="stacked-area", metrics=tuple(
+        f"train/{part}_s" for part in ("forward", "backward", "optimizer", "exposed", "data_wait", "checkpoint"))),
+    Row(section=SPEED, title="Speed of a GPU", unit="tokens/s", metrics=("train/tokens_per_s_per_gpu",)),
+    Row(section=SPEED, title="Arithmetic of a GPU", unit="TFLOP/s, causal FLOPs", metrics=("train/tflops_per_gpu",)),
+    Row(section=SPEED, title="Memory of the fullest rank", unit="bytes", metrics=("train/memory_max_bytes",)),
+    Row(section=SPEED, title="Measured over predicted", unit="times the plan",
+        metrics=("train/speed_vs_plan", "train/memory_vs_plan")),
     Row(section=RANKS, title="Forward time, mean and slowest rank", unit="s",
         metrics=("train/forward_s", "train/forward_max_s")),
     Row(section=RANKS, title="Step time, mean and slowest rank", unit="s",

@@ -1,7 +1,6 @@
 """What a view of a run shows beside its losses: its events, speed against the hardware, goodput, epochs, and where it runs.
 Read from the run directory, again only where a file has changed."""
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from launcher.rundir.goodput import MeasuredGoodput, Meter
 from launcher.rundir.losses import is_number
 from launcher.rundir.paths import RunDir
 from launcher.rundir.records import read_records
+from launcher.rundir.speed import mfu_of, read_plan
 
 Row = Mapping[str, Any]
 
@@ -22,14 +22,6 @@ Row = Mapping[str, Any]
 GOODPUT_S = 5.0
 SHOWN_NODES = 2
 KIND = 11  # columns; stage start has as many
-
-
-def mfu_of(plan: Row, *, tokens_per_s: Any) -> float | None:
-    """As the plan counts it: causal FLOPs, against the dense peak of the precision. None on CPU ranks."""
-    peak, world = plan.get("mfu_peak_tflops"), plan.get("world_size")
-    if not is_number(tokens_per_s) or not is_number(peak) or not is_number(world):
-        return None
-    return float(plan["flops_per_token"]["causal"] * tokens_per_s / world / 1e12 / peak)
 
 
 @dataclass
@@ -114,14 +106,6 @@ class Surroundings:
         on = f" on {cluster.num_nodes:,} nodes" if cluster.num_nodes > 1 else " on one node" if cluster.kind == "slurm" else ""
         job = f", job {launch['job']}" if launch.get("job") else ""
         return f"{ranks}{on}{f' ({names})' if names else ''}{job}"
-
-
-def read_plan(path: Path) -> dict[str, dict[str, Any]]:
-    """The plan of each stage, by name; empty where there is none that can be read."""
-    try:
-        return {row["stage"]: row for row in json.loads(path.read_text())}
-    except (OSError, ValueError, TypeError, KeyError):
-        return {}
 
 
 def event_line(event: Row, *, now: float) -> str:

@@ -1,5 +1,5 @@
-"""The log that W&B's client writes offline, as far as it must be known to upload one that a crash cut off: wandb 0.31 refuses a
-log that ends inside a record, and with it all later ones of the run.
+"""The logs that W&B's client writes, one for each start of a stage, as far as they must be known to upload one that a crash cut
+off: wandb 0.31 refuses a log that ends inside a record, and with it all later ones of the run.
 
 The format is LevelDB's: a head of 7 bytes, then blocks of 32 KiB with pieces of records in them. A piece is its checksum (4
 bytes), length (2), kind (1: a whole record, 2 first, 3 middle, 4 last) and content; none begins in the last 6 of a block."""
@@ -14,6 +14,33 @@ BLOCK, HEAD = 32768, 7
 WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 # A log begins with a record about itself and one about its run: with less there is nothing to upload.
 LEAST = 2
+# Beside a log: all of it is in W&B (`wandb sync` leaves this); or it was to be uploaded while it was written, and may not be.
+SYNCED, UNFINISHED = ".wandb.synced", ".wandb.unfinished"
+
+
+def parts(folder: Path) -> list[Path]:
+    """The logs in a run's folder, oldest first: `offline-run-TIME-ID/run-ID.wandb`, online ones in `run-TIME-ID`."""
+    found = (log for start in ("offline-run-*", "run-*") for log in folder.glob(f"{start}/run-*.wandb"))
+    return sorted(found, key=lambda log: log.parent.name.removeprefix("offline-"))
+
+
+def is_offline(log: Path) -> bool:
+    return log.parent.name.startswith("offline-")
+
+
+def is_waiting(log: Path) -> bool:
+    """Whether some of it is not uploaded yet, as far as is known."""
+    return not log.with_suffix(SYNCED).exists() if is_offline(log) else log.with_suffix(UNFINISHED).exists()
+
+
+def records(data: bytes) -> Iterator[bytes]:
+    """Those that are all there."""
+    found = b""
+    for begin, end, kind in pieces(data):
+        found += data[begin:end]
+        if kind in (WHOLE, LAST):
+            yield found
+            found = b""
 
 
 def pieces(data: bytes | mmap.mmap) -> Iterator[tuple[int, int, int]]:

@@ -145,9 +145,11 @@ def search_path_words() -> tuple[str, ...]:
 
 
 def named_in_sweep(config: RunConfig, *, overrides: Sequence[str]) -> RunConfig:
-    """Each job of a sweep is a run of its own: its name ends in a hash of its overrides."""
+    """Each job of a sweep is a run of its own: its name ends in a hash of its overrides. In W&B they are one group."""
     digest = blake2b("\n".join(sorted(overrides)).encode()).hexdigest()[:HASH_CHARACTERS]
-    return replace(config, run=replace(config.run, name=f"{config.run.name}-{digest}"))
+    name, wandb = config.run.name, config.monitor.wandb
+    monitor = replace(config.monitor, wandb=replace(wandb, group=wandb.group or name))
+    return replace(config, run=replace(config.run, name=f"{name}-{digest}"), monitor=monitor)
 
 
 def explained(error: Exception, *, words: Sequence[str]) -> ConfigError:

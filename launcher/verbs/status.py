@@ -17,13 +17,13 @@ from launcher.config.errors import ConfigError, Problem
 from launcher.jobs.accounting import FINISHING, EndedJob, LiveJob, belongs_to, ended_jobs, live_jobs
 from launcher.jobs.queue import known_jobs
 from launcher.report.status_page import print_block, print_table
-from launcher.report.surroundings import mfu_of
 from launcher.rundir.exits import ExitClass
 from launcher.rundir.goodput import measure_goodput
 from launcher.rundir.lock import is_live
 from launcher.rundir.losses import is_number
 from launcher.rundir.paths import RunDir
 from launcher.rundir.records import parse_status, read_json, read_records
+from launcher.rundir.speed import mfu_of
 from launcher.verbs.logs import newest_logs
 from launcher.verbs.request import read_run_words, take_options
 from launcher.verbs.runs import RUNS_DIR, find_runs, list_runs

@@ -1,36 +1,36 @@
-"""Uploads what a run logged to W&B without a network (monitor.wandb.mode=offline), once there is one: all of it, in order, into
-the one W&B run that the run directory names. What was uploaded is marked; a second call uploads what is new. What a live run is
-writing is left for later.
+"""Uploads what a run logged to W&B without a network (monitor.wandb.mode=offline, or a service that did not answer), once there
+is one: all of it, in order, into the one W&B run that the run directory names. What was uploaded is marked; a second call
+uploads what is new. What a live run is writing is left for later.
 
 Keys: runs_dir=runs"""
 
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from launcher.config.errors import ConfigError, Problem
 from launcher.config.schema import RunConfig
 from launcher.report.standing import SILENT_S
+from launcher.rundir.code import child_environment
 from launcher.rundir.exits import ExitClass
 from launcher.rundir.freeze import read_config
 from launcher.rundir.lock import is_live
 from launcher.rundir.paths import RunDir
 from launcher.rundir.records import parse_status
-from launcher.rundir.wandb_log import cut_torn_end
+from launcher.rundir.wandb_log import cut_torn_end, is_offline, is_waiting, parts
 from launcher.verbs.guard import refuse
 from launcher.verbs.request import read_run_words
 from launcher.verbs.runs import RUNS_DIR, find_runs, one_or_more
 from launcher.verbs.wandb_service import service_environment, service_url, unreachable
 
-SYNCED = ".wandb.synced"  # what `wandb sync` leaves beside a log
-
 
 @dataclass(frozen=True)
-class Offline:
-    """The logs of a run, oldest first: one for each start of a stage."""
+class Logs:
+    """Of a run, oldest first: one for each start of a stage that was offline, or did not upload all it had."""
 
     run: RunDir
     config: RunConfig
@@ -39,7 +39,7 @@ class Offline:
     @property
     def waiting(self) -> list[Path]:
         """Not uploaded yet."""
-        return [path for path in self.logs if not path.with_suffix(SYNCED).exists()]
+        return [path for path in self.logs if is_waiting(path)]
 
     @property
     def id(self) -> str:
@@ -56,7 +56,7 @@ def run(words: Sequence[str]) -> int:
     todo = []
     for one in found:
         ready, left = divide(one)
-        empty = [path for path in ready if not cut_torn_end(path)]
+        empty = [path for path in ready if is_offline(path) and not cut_torn_end(path)]
         ready = [path for path in ready if path not in empty]
         for path in empty:
             print(f"{one.run.name}: {path.parent.name} holds nothing: it ended before it began")
@@ -68,12 +68,11 @@ def run(words: Sequence[str]) -> int:
     return upload(todo) if todo else ExitClass.DONE
 
 
-def offline_logs(run: RunDir) -> Offline:
-    """Folders are named by the time of their start."""
-    return Offline(run, read_config(run), tuple(sorted(run.wandb.glob("offline-run-*/run-*.wandb"))))
+def offline_logs(run: RunDir) -> Logs:
+    return Logs(run, read_config(run), tuple(log for log in parts(run.wandb) if is_offline(log) or is_waiting(log)))
 
 
-def nothing_logged(one: Offline) -> Problem:
+def nothing_logged(one: Logs) -> Problem:
     mode, name = one.config.monitor.wandb.mode, one.run.name
     fix = {"online": "nothing: W&B has had it all along", "offline": "call again once it has trained"}.get(
         mode, "train with monitor.wandb.mode=offline"
@@ -81,7 +80,7 @@ def nothing_logged(one: Offline) -> Problem:
     return Problem(name, f"no offline data, and monitor.wandb.mode={mode}", "sync uploads what mode=offline has written", fix)
 
 
-def divide(one: Offline) -> tuple[list[Path], Path | None]:
+def divide(one: Logs) -> tuple[list[Path], Path | None]:
     """What can be uploaded, and the newest log where ranks still write it."""
     waiting = one.waiting
     if waiting and waiting[-1] == one.logs[-1] and is_written(one):
@@ -89,15 +88,15 @@ def divide(one: Offline) -> tuple[list[Path], Path | None]:
     return waiting, None
 
 
-def is_written(one: Offline) -> bool:
+def is_written(one: Logs) -> bool:
     """Whether the newest log may still grow. The lock of another machine's run need not be visible here: its log is."""
     status = parse_status(one.run.status.read_text(errors="replace")) if one.run.status.exists() else {}
     grows = time.time() - one.logs[-1].stat().st_mtime < SILENT_S and status.get("state") in ("starting", "running")
     return grows or is_live(one.run)
 
 
-def upload(todo: Sequence[tuple[Offline, list[Path]]]) -> ExitClass:
-    """By `wandb sync`, a run after another. Nothing is begun without a key and a network."""
+def upload(todo: Sequence[tuple[Logs, list[Path]]]) -> ExitClass:
+    """A run after another, oldest parts first. Nothing is begun without a key and a network."""
     url = service_url()
     environments = [service_environment(one.config.monitor.wandb.key_file, url=url) for one, _ in todo]
     if problem := unreachable(url):
@@ -105,18 +104,31 @@ def upload(todo: Sequence[tuple[Offline, list[Path]]]) -> ExitClass:
         return ExitClass.RETRYABLE
     ended = ExitClass.DONE
     for (one, logs), environment in zip(todo, environments, strict=True):
-        own = environment | {"WANDB_DIR": str(one.run.root.resolve())}  # its own log stands beside the run's, not here
-        code = subprocess.run(sync_command(one, logs=logs), env=own, check=False).returncode
+        own = environment | {"PYTHONPATH": child_environment()["PYTHONPATH"]}
+        own["WANDB_DIR"] = str(one.run.root.resolve())  # its own log stands beside the run's, not here
+        for command in commands(one, logs=logs):
+            code = subprocess.run(command, env=own, check=False).returncode
+            if code:
+                break
         left = [path for path in logs if path in one.waiting]
         print(f"{one.run.name}: {len(logs) - len(left)} of {len(logs)} parts uploaded to run {one.id}", flush=True)
         if left:
-            told = f"`wandb sync` left {left[0].parent.name} behind (exit {code}); what it said stands above. Call again"
+            told = f"wandb left {left[0].parent.name} behind (exit {code}); what it said stands above. Call again"
             refuse(f"{one.run.name}: {told}", code=ExitClass.RETRYABLE)
             ended = ExitClass.RETRYABLE
     return ended
 
 
-def sync_command(one: Offline, *, logs: Sequence[Path]) -> list[str]:
+def commands(one: Logs, *, logs: Sequence[Path]) -> Iterator[list[str]]:
+    """Of an online part W&B has the beginning, so that the log cannot be appended: training's own sink sends the rest."""
+    for offline, some in groupby(logs, key=is_offline):
+        if offline:
+            yield sync_command(one, logs=list(some))
+        else:
+            yield from ([sys.executable, "-m", "training.wandb_sink", str(one.run.root), f"--part={log}"] for log in some)
+
+
+def sync_command(one: Logs, *, logs: Sequence[Path]) -> list[str]:
     """All logs at once: wandb uploads those of one run one after another, by their start. Into the project of the config, also
     where a log was begun under another."""
     settings = one.config.monitor.wandb

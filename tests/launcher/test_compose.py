@@ -14,7 +14,7 @@ from launcher.plan.document import plan_document
 from launcher.plan.exposure import plan_exposure
 from launcher.plan.planner import Planner
 from launcher.verbs import plan
-from launcher.verbs.app import run_config_verb
+from launcher.verbs.app import named_in_sweep, run_config_verb
 
 CONFIG_DIR = Path(model_configs.__file__).parent
 RUNS = sorted(path.stem for path in (CONFIG_DIR / "run").glob("*.yaml"))
@@ -106,6 +106,12 @@ def test_a_sweep_is_a_run_for_each_mixture_and_one_group(tmp_path, monkeypatch):
     assert {config.monitor.wandb.group for config in configs} == {"ablation"}
     names = {config.run.name for config in configs}
     assert len(names) == 3 and all(re.fullmatch("ablation-[0-9a-f]{6}", name) for name in names)
+
+
+def test_runs_of_a_sweep_are_a_group_also_where_the_config_names_none():
+    for said, group in (("null", "demo"), ("mine", "mine")):
+        config = compose_run(["run=demo", f"monitor.wandb.group={said}"])
+        assert named_in_sweep(config, overrides=["run.seed=1"]).monitor.wandb.group == group
 
 
 def test_an_override_without_a_stage_reaches_every_stage():

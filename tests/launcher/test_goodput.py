@@ -17,7 +17,8 @@ from launcher.rundir.paths import RunDir
 from launcher.rundir.phases import CAUSES
 from launcher.rundir.records import read_records
 from tests.training.tiny import run_config
-from training.metrics import Metrics, StepTimes
+from training.clocks import StepTimes
+from training.metrics import Metrics
 
 LONG_ROWS = 40_000  # of 400,000 steps
 

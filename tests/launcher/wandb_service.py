@@ -17,7 +17,14 @@ from launcher.rundir.wandb_log import LAST, WHOLE, pieces
 
 STARTED = json.dumps({"t": 1})  # what a run has in its config once its first part has begun
 KEY = "0123456789abcdef" * 2 + "01234567"
-TRAINING = Path(__file__).parents[2] / "training"
+REPOSITORY = Path(__file__).parents[2]
+# Where training's rows come from, beside trainer.py.
+FIELDS_OF_ROWS = (
+    ("training/pace.py", "summary"),
+    ("training/norms.py", "after"),
+    ("training/fp8.py", "take"),
+    ("launcher/rundir/speed.py", "speed_fields"),
+)
 
 
 class Service:
@@ -153,14 +160,15 @@ def main(root: Path, parts: int) -> None:
     from launcher.rundir.freeze import open_run
     from launcher.rundir.records import append_record
     from tests.training.tiny import run_config
-    from training.metrics import Metrics, StepTimes
+    from training.clocks import StepTimes
+    from training.metrics import Metrics
 
     wandb_settings = {"mode": "offline", "key_file": None, "project": "phidias", "entity": None, "group": None}
     config = run_config(root, monitor={"wandb": wandb_settings})
     run = open_run(config, prepared=None)
     plan, times = plan_stage(config.stages[0], cluster=config.cluster), StepTimes()
     times.add(tokens=256, seconds=1.0, waited_s=0.1)
-    train, validation, pace = fields_of("train"), fields_of("validation"), dict.fromkeys(pace_names(), 1.0)
+    train, validation, pace = fields_of("train"), fields_of("validation"), dict.fromkeys(literal_names(), 1.0)
     for part in range(parts):
         metrics = Metrics(run, config, stage="pretrain", plan=plan, is_writer=True)
         append_record(run.events, "start")
@@ -177,18 +185,25 @@ def main(root: Path, parts: int) -> None:
 
 def fields_of(kind: str) -> dict[str, Any]:
     """What training gives a row of this kind, by name: read from its source, which takes long to import."""
-    calls = [node for node in ast.walk(ast.parse((TRAINING / "trainer.py").read_text())) if isinstance(node, ast.Call)]
+    calls = [
+        node for node in ast.walk(ast.parse((REPOSITORY / "training/trainer.py").read_text())) if isinstance(node, ast.Call)
+    ]
     (call,) = (call for call in calls if ast.unparse(call.func) == f"self.metrics.{kind}")
     names = [keyword.arg for keyword in call.keywords if keyword.arg not in (None, "samples")]
     return {str(name): {"a": 1.0, "b": 2.0} if str(name).endswith("_by_source") else 1.0 for name in names}
 
 
-def pace_names() -> list[str]:
-    """What it says of the ranks."""
-    tree = ast.parse((TRAINING / "pace.py").read_text())
-    (summary,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "summary")
-    rows = [node for node in ast.walk(summary) if isinstance(node, ast.Dict)]
-    return [str(key.value) for row in rows for key in row.keys if isinstance(key, ast.Constant)]
+def literal_names() -> list[str]:
+    """What a row says besides: keys of the dicts that these functions write out."""
+    found = []
+    for file, name in FIELDS_OF_ROWS:
+        nodes = [node for node in ast.walk(ast.parse((REPOSITORY / file).read_text())) if isinstance(node, ast.FunctionDef)]
+        (function,) = (node for node in nodes if node.name == name)
+        rows = [node for node in ast.walk(function) if isinstance(node, ast.Dict)]
+        keys = [key.value for row in rows for key in row.keys if isinstance(key, ast.Constant)]
+        assert keys, f"{file} {name} writes no field out"
+        found += keys
+    return found
 
 
 def logged_names(log: Path) -> Iterator[str]:

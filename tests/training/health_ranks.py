@@ -131,13 +131,14 @@ def check_pace() -> dict[str, Any]:
     """Ranks on two nodes, each with numbers of its own."""
     import torch.distributed as dist
 
+    from training.clocks import Spent
     from training.pace import gather_pace, gather_places, ratios, summary
 
     with layout("tp2_dp3") as (_, rank):
         os.environ["SLURMD_NODENAME"] = f"n{rank.rank // 4}"
         places = gather_places(rank)
         own = float(dist.get_rank() + 1)
-        paces = gather_pace(rank, places=places, forward_s=own, wait_s=own / 10, step_s=10.1)
+        paces = gather_pace(rank, places=places, spent=Spent(own), wait_s=own / 10, step_s=10.1)
         return {"paces": [asdict(pace) for pace in paces], "summary": summary(paces, compared=ratios(paces))}
 
 

@@ -3,9 +3,9 @@
     torchrun --nproc-per-node N -m tests.training.ranks <work dir> <case> [<case> ...]
 
 A case is `layout:<name>`: train a fresh run in that layout; `masked:<name>`: the same, documents apart and what follows them
-not predicted; `packed:<name>`: that again, as packed rows with their documents' borders, as on GPUs;
-`resume:<name>[:<dtype>]`: stop half way and go on; `rewind:<name>`: go back and past a batch; or `move:<name>:<name>`: save in
-one layout, go on in another; `batch`; `nan`. tests/training/test_ranks.py compares the results.
+not predicted; `packed:<name>`: that again, as packed rows with their documents' borders, as on GPUs; `long:<name>`: many steps,
+to compare with a plain loop; `resume:<name>[:<dtype>]`: stop half way and go on; `rewind:<name>`: go back and past a batch; or
+`move:<name>:<name>`: save in one layout, go on in another; `batch`; `nan`. tests/training/test_ranks.py compares the results.
 """
 
 import hashlib
@@ -63,15 +63,25 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2_vpp2_cp2": dict(pp=2, vpp=2, cp=2),
 }
 MASKS = dict(reset_attention_mask=True, reset_position_ids=True, eod_mask_loss=True)
-STEPS = 6
+STEPS, LONG_STEPS = 6, 50
 
 
 class Case:
     """A run of one layout in this world."""
 
-    def __init__(self, work: Path, name: str, *, run_name: str, device: torch.device, left_out: Any = (), **sections: Any):
+    def __init__(
+        self,
+        work: Path,
+        name: str,
+        *,
+        run_name: str,
+        device: torch.device,
+        left_out: Any = (),
+        trace: bool = False,
+        **sections: Any,
+    ):
         stage = stage_config(layout=LAYOUTS[name], **sections)
-        self.config: RunConfig = run_config(work, ranks=dist.get_world_size(), stages=[stage])
+        self.config: RunConfig = run_config(work, ranks=dist.get_world_size(), stages=[stage], data={"trace": trace})
         self.run = RunDir(work / "runs" / run_name)
         self.rank = initialize_parallel(self.config.stages[0].layout, seed=self.config.run.seed, device=device, timeout_s=120)
         if dist.get_rank() == 0:
@@ -125,8 +135,20 @@ def check_layout(
     case.trainer.validate()
     rows, held_out = case.rows("train"), case.rows("validation")[-1]
     case.close()
-    keys = ("loss", "loss_by_source", "tokens_by_source", "grad_norm", "lr")
-    return {"rows": [{key: row[key] for key in keys} for row in rows], "held_out": held_out["loss_by_source"]}
+    return {"rows": rows, "held_out": held_out["loss_by_source"]}
+
+
+def check_long(work: Path, name: str, *, device: torch.device) -> dict[str, Any]:
+    """Many steps, through the end of a source; the first weights and the windows of each batch, for plain.py."""
+    stage = {"tokens": float(LONG_STEPS * 8 * 32)}
+    case = Case(work, name, run_name=f"long_{name}", device=device, trace=True, stage=stage)
+    if name == "one":
+        state = case.trainer.stepper.chunks[0].module.state_dict()
+        torch.save({key: value for key, value in state.items() if isinstance(value, torch.Tensor)}, work / "initial.pt")
+    rows = case.steps(LONG_STEPS).rows("train")
+    trace = [json.loads(line) for line in case.run.window_trace.read_text().splitlines()] if name == "one" else []
+    case.close()
+    return {"rows": rows, "windows": [row["windows"] for row in trace], "work": str(work)}
 
 
 def check_masked(work: Path, name: str, *, device: torch.device) -> dict[str, Any]:
@@ -229,7 +251,7 @@ def check_nan(work: Path, *, device: torch.device) -> dict[str, Any]:
 
 CHECKS: dict[str, Callable[..., dict[str, Any]]] = {
     "layout": check_layout, "masked": check_masked, "packed": check_packed, "resume": check_resume, "move": check_move,
-    "rewind": check_rewind, "batch": check_batch, "nan": check_nan,
+    "rewind": check_rewind, "batch": check_batch, "nan": check_nan, "long": check_long,
 }  # fmt: skip
 
 

@@ -51,6 +51,8 @@ def test_what_the_first_rank_tells(start, tmp_path):
     with heart.pause("checkpoint", step=9):
         assert said(tmp_path) == {"phase": "checkpoint", "step": 9, "limit_s": 900.0}
     assert said(tmp_path)["phase"] == "step"
+    heart.end(step=9)  # sinks may take longer than a step
+    assert said(tmp_path) == {"phase": "end", "step": 9, "limit_s": 900.0}
 
 
 def test_the_other_ranks_tell_nothing(start, tmp_path):

@@ -21,6 +21,7 @@ from tests.training.tiny import SHARES, run_config, stage_config
 from tests.training.world import cpu_seams, model, one_rank, stage
 from training import batch as training_batch
 from training.batch import PADDING, MicroBatch
+from training.clocks import Clocks
 from training.data import (
     Consumed,
     HeldOutFeed,
@@ -209,10 +210,11 @@ def test_connect_sets_what_the_schedules_call(overlap: bool, seams: None) -> Non
     config = stage(layout=dict(overlap_grad_reduce=overlap, overlap_param_gather=overlap))
     with one_rank(config.layout):
         chunks = build_model(config, model=model(), seed=7)
-        optimizer = SimpleNamespace(scale_loss=object())
-        connect(chunks, optimizer=optimizer)
+        optimizer = SimpleNamespace(scale_loss=object(), config=SimpleNamespace())
+        connect(chunks, optimizer=optimizer, clocks=(clocks := Clocks(CPU)))
     found = chunks[0].module.config
     assert found.finalize_model_grads_func.__name__ == "finalize_model_grads"
+    assert found.timers is clocks and optimizer.config.timers is clocks
     assert found.grad_scale_func is optimizer.scale_loss
     assert found.no_sync_func == (chunks[0].no_sync if overlap else None)
     assert found.grad_sync_func is None  # only for virtual pipeline stages
