@@ -18,7 +18,8 @@ from launcher.config.schema import RunConfig
 from launcher.plan.prepared import folder_of
 from launcher.report.format import format_count, format_duration, format_losses, format_number, format_percent
 from launcher.report.history import History, StageHistory, first_value, last_value, read_history
-from launcher.rundir.goodput import MeasuredGoodput, measure_goodput
+from launcher.report.report_bands import Band, bands_of, fill_meter
+from launcher.rundir.goodput import MeasuredGoodput, Meter
 from launcher.rundir.lock import is_live
 from launcher.rundir.order import stage_shares
 from launcher.rundir.paths import RunDir
@@ -65,7 +66,8 @@ class SourceSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """A run so far. The total held-out loss and entropy weigh the sources by their shares in `mixture_stage`."""
+    """A run so far. The total held-out loss and entropy weigh the sources by their shares in `mixture_stage`; `bands`: what it
+    did when."""
 
     name: str
     state: str
@@ -78,6 +80,7 @@ class Summary:
     entropy: float | None
     places: dict[str, Path]
     goodput: MeasuredGoodput | None
+    bands: tuple[Band, ...]
 
     @property
     def below_entropy(self) -> float | None:
@@ -116,6 +119,8 @@ def summarise(run: RunDir, config: RunConfig, *, history: History | None = None)
     shares = stage_shares(run, config)
     sources = tuple(_summarise_source(name, config=config, history=history, shares=shares) for name in source_names(config))
     stage = mixture_stage(config, history=history)
+    meter, until = Meter(run), time.time() if is_live(run) else None
+    fill_meter(meter, rows=history.rows.for_goodput(), events=history.events)
     # As training does, over the sources that have held-out text; the entropy over the very same ones.
     weights = {source.name: source.shares[stage] for source in sources if source.held_out_loss and stage in source.shares}
     return Summary(
@@ -129,7 +134,8 @@ def summarise(run: RunDir, config: RunConfig, *, history: History | None = None)
         held_out_loss=weighted_mean({source.name: source.held_out_loss for source in sources}, weights=weights),
         entropy=weighted_mean({source.name: source.entropy for source in sources}, weights=weights),
         places=find_places(run, config=config),
-        goodput=measure_goodput(run, events=history.events, until=time.time() if is_live(run) else None),
+        goodput=meter.measure(until),
+        bands=bands_of(meter.ledger, until=until),
     )
 
 

@@ -15,7 +15,10 @@ from launcher.report.format import (
     format_number,
     format_percent,
 )
+from launcher.report.history import History
+from launcher.report.report_plan import Measured, Plans, measure
 from launcher.report.summary import SourceSummary, Summary
+from launcher.rundir.goodput import MeasuredGoodput
 from launcher.rundir.phases import PRODUCTIVE
 
 # Newest events shown; a long run checkpoints thousands of times.
@@ -38,7 +41,7 @@ WHERE_TIME_GOES = {
 }
 
 
-def _table(columns: Iterable[str], *, rows: Iterable[Iterable[str]], empty: str) -> str:
+def table(columns: Iterable[str], *, rows: Iterable[Iterable[str]], empty: str) -> str:
     """Cells are HTML already. A column named with a leading '#' holds numbers."""
     names = list(columns)
     kinds = [' class="number"' if name.startswith("#") else "" for name in names]
@@ -50,16 +53,36 @@ def _table(columns: Iterable[str], *, rows: Iterable[Iterable[str]], empty: str)
     return f'<div class="scroll"><table><thead><tr>{"".join(heads)}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def cards(summary: Summary) -> str:
+def cards(summary: Summary, *, history: History, plans: Plans) -> str:
+    """The run in a few figures; those that nobody knows are left out, but for the loss."""
     trained = " + ".join(f"{stage.steps:,}" for stage in summary.stages)
-    return "".join(
-        (
-            _card("Held-out loss", value=format_number(summary.held_out_loss), note=_against_entropy(summary)),
-            _card("Tokens trained", value=format_count(summary.tokens), note=f"{trained or 'no'} steps"),
-            _card("Wall time", value=format_duration(summary.wall_s), note="launch to last row, pauses not counted"),
-            _card("Tokens per second", value=format_count(summary.tokens_per_s), note="median of the last stage"),
-        )
-    )
+    part = f" · {format_percent(summary.tokens / plans.tokens)} of the plan" if plans.tokens else ""
+    found = [
+        _card("Held-out loss", value=format_number(summary.held_out_loss), note=_against_entropy(summary)),
+        _card("Tokens trained", value=format_count(summary.tokens), note=f"{trained or 'no'} steps{part}"),
+        _card("Wall time", value=format_duration(summary.wall_s), note="launch to last row, pauses not counted"),
+        _card("Tokens per second", value=format_count(summary.tokens_per_s), note="median of the last stage"),
+        *_speed_cards(measure(history.stages[-1], bands=summary.bands) if history.stages else None),
+        *_goodput_cards(summary.goodput),
+    ]
+    return "".join(found)
+
+
+def _speed_cards(last: Measured | None) -> list[str]:
+    found = []
+    if last and last.mfu is not None:
+        note = f"{format_number(last.tflops_per_gpu, digits=0)} TFLOP/s a GPU, causal FLOPs"
+        found.append(_card("MFU", value=format_percent(last.mfu), note=note))
+    if last and last.memory_gib is not None:
+        found.append(_card("Memory", value=f"{last.memory_gib:,.1f} GiB", note="of the fullest rank, at most"))
+    return found
+
+
+def _goodput_cards(goodput: MeasuredGoodput | None) -> list[str]:
+    if goodput is None:
+        return []
+    most = next((f"; most lost: {format_cause(cause)}" for cause, _ in goodput.largest), "")
+    return [_card("Goodput", value=format_percent(goodput.goodput), note=f"of {format_duration(goodput.wall_s)}{most}")]
 
 
 def _card(label: str, *, value: str, note: str) -> str:
@@ -85,7 +108,7 @@ def stages_table(summary: Summary, *, config: RunConfig) -> str:
         settings = config.stage(stage.name).stage if stage.name in config.stage_names else None
         planned = (settings.tokens, settings.seq_length, settings.global_batch_size) if settings else (None, None, None)
         rows.append((escape(stage.name), *cells, *map(format_count, planned)))
-    return _table(columns, rows=rows, empty="No step is logged yet.")
+    return table(columns, rows=rows, empty="No step is logged yet.")
 
 
 def _swatch(name: str, *, index: int) -> str:
@@ -97,7 +120,7 @@ def time_table(summary: Summary) -> str:
     found = summary.goodput
     parts = [(PRODUCTIVE, found.productive_s), *found.largest] if found else []
     rows = [_time_row(cause, seconds=seconds, share=seconds / found.wall_s) for cause, seconds in parts if found]
-    return _table(("cause", "#hours", "#share", "", "what it is"), rows=rows, empty="No step is logged yet.")
+    return table(("cause", "#hours", "#share", "", "what it is"), rows=rows, empty="No step is logged yet.")
 
 
 def _time_row(cause: str, *, seconds: float, share: float) -> tuple[str, ...]:
@@ -120,7 +143,7 @@ def exposure_table(summary: Summary, *, config: RunConfig) -> str:
         )
         for index, source in enumerate(summary.sources)
     ]
-    return _table(("source", "#tokens read", "#unique tokens", "#epochs", "#cap", *shares), rows=rows, empty="No sources.")
+    return table(("source", "#tokens read", "#unique tokens", "#epochs", "#cap", *shares), rows=rows, empty="No sources.")
 
 
 def _epochs(source: SourceSummary) -> str:
@@ -140,7 +163,7 @@ def held_out_table(summary: Summary) -> str:
         for index, source in enumerate(summary.sources)
     ]
     columns = ("source", "#held-out loss", "#unigram entropy", "#ratio", "loss as part of entropy")
-    return _table(columns, rows=rows, empty="No sources.")
+    return table(columns, rows=rows, empty="No sources.")
 
 
 def _ratio_bar(source: SourceSummary, *, index: int) -> str:
@@ -165,9 +188,9 @@ def events_table(events: tuple[dict[str, Any], ...]) -> str:
         )
         for event in reversed(events[-MAX_EVENTS:])
     ]
-    table = _table(("time (UTC)", "event", "stage", "what"), rows=rows, empty="No events.")
+    shown = table(("time (UTC)", "event", "stage", "what"), rows=rows, empty="No events.")
     hidden = len(events) - len(rows)
-    return table + (f'<p class="empty">{hidden:,} earlier events are in events.jsonl.</p>' if hidden > 0 else "")
+    return shown + (f'<p class="empty">{hidden:,} earlier events are in events.jsonl.</p>' if hidden > 0 else "")
 
 
 def describe_event(event: Mapping[str, Any]) -> str:
@@ -177,6 +200,9 @@ def describe_event(event: Mapping[str, Any]) -> str:
         "step": lambda value: f"step {value:,}",
         "tokens": lambda value: f"{format_count(value)} tokens",
         "seconds": lambda value: f"{value:.2f} s",
+        "finished": lambda value: "the end" if value else "",
+        "validation_loss": lambda value: f"held-out loss {value:.3f}",
+        "stall_s": lambda value: f"stood still {value:.2f} s",
         "bytes": format_bytes,
         "error": str,
         "exit": str,
@@ -191,7 +217,7 @@ def describe_event(event: Mapping[str, Any]) -> str:
     for name, value in event.items():
         if name not in EVENT_FIELDS and value is not None:
             words.append(formats[name](value) if name in formats else f"{name} {value}")
-    return " · ".join(words)
+    return " · ".join(filter(None, words))
 
 
 def places_list(summary: Summary) -> str:

@@ -20,21 +20,37 @@ from rich.console import Console
 from data_prep.indexed import ShardWriter
 from data_prep.manifest import Manifest, TokenizerEntry, split_of, write_manifest
 from data_prep.statistics import unigram_entropy
+from launcher.config.compose import compose_run
 from launcher.config.schema import RunConfig
-from launcher.report.figures import EARLY_POINTS, EVEN_POINTS, build_figures, extremes, sample_rows, smooth
+from launcher.config.validate import dump_run, validate_run
+from launcher.plan.memory import GIB
+from launcher.report import report_rows
+from launcher.report.figures import EARLY_POINTS, EVEN_POINTS, build_figures, extremes, sample_rows, stretches
 from launcher.report.format import format_count, format_duration, format_number, format_percent
 from launcher.report.history import read_history
-from launcher.report.page import write_report
+from launcher.report.page import make_report
+from launcher.report.report_bands import Band, work_s
+from launcher.report.report_config import NoBaseError, base_of, compose_base, config_section, differing
+from launcher.report.report_plan import Plans, compare_stage, measure, plan_section
+from launcher.report.report_rows import read_metrics
+from launcher.report.report_timeline import MOST_MARKS, WORDS, build_timeline
 from launcher.report.summary import print_summary, summarise, weighted_mean
 from launcher.report.tables import describe_event
+from launcher.rundir.goodput import measure_goodput
 from launcher.rundir.lock import lock_run
 from launcher.rundir.paths import RunDir
+from tests.launcher.chromium import BROWSER, Page
 from tests.training.tiny import run_config, stage_config
 
 BATCH, SEQ_LENGTH = 8, 32
 EVALUATED = 96
 SHARES = {"pretrain": {"a": 0.75, "b": 0.25}, "midtrain": {"a": 0.5, "b": 0.3, "c": 0.2}}
 HELD_OUT = {"a": 2.0, "b": 3.0, "c": 1.0}
+
+
+def page_of(run: RunDir) -> str:
+    make_report(run)
+    return run.report.read_text()
 
 
 @pytest.fixture
@@ -201,6 +217,42 @@ def test_an_empty_run_has_an_empty_history(run: RunDir) -> None:
     assert (history.stages, history.tokens, history.wall_s) == ((), 0, 0.0)
 
 
+def test_a_row_written_in_another_order_is_read_alike(run: RunDir) -> None:
+    odd = [math.nan, None, 3.0]
+    values = [(1.5, 0.25), *zip(odd, odd, strict=True)]
+    rows = [train_row(step, loss=loss, grad_norm=norm) for step, (loss, norm) in enumerate(values, 1)]
+    del rows[1]["grad_norm"]
+    write_rows(run.metrics, rows)
+    found = read_metrics(run.metrics)
+    write_rows(run.root / "turned.jsonl", [dict(reversed(row.items())) for row in rows])
+    turned = read_metrics(run.root / "turned.jsonl")
+    np.testing.assert_equal(found.columns, turned.columns)
+    assert list(found.for_goodput()) == list(turned.for_goodput()) and len(list(found.for_goodput())) == 4
+    np.testing.assert_equal(found.columns["loss"], [1.5, math.nan, math.nan, 3.0])
+    np.testing.assert_equal(found.columns["grad_norm"], [0.25, math.nan, math.nan, 3.0])
+
+
+def test_of_a_long_run_every_loss_is_read_and_some_rows_whole(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report_rows, "WHOLE_ROWS", 50)
+    monkeypatch.setattr(report_rows, "WHOLE_END_ROWS", 5)
+    rows = [train_row(step, loss=4.0, update_ratio=step / 1e6) for step in range(1, 1_001)]
+    rows[499] |= {"loss": 90.0, "grad_norm": 70.0}
+    write_rows(run.metrics, [*rows, *(train_row(step, update_ratio=0.5) for step in range(900, 951))])
+    stage = read_history(run).stages[0]
+    assert (stage.steps, len(stage.every["loss"]), stage.every["loss"].max(), stage.every["grad_norm"].max()) == (
+        950,
+        950,
+        90,
+        70,
+    )
+    steps, ratios = stage.train["step"], stage.train["update_ratio"]
+    assert 50 <= len(steps) <= 60
+    assert (steps[:5].tolist(), steps[-5:].tolist()) == ([1, 2, 3, 4, 5], [946, 947, 948, 949, 950])
+    assert np.diff(steps).max() <= 21
+    np.testing.assert_allclose(ratios, np.where(steps < 900, steps / 1e6, 0.5))
+    assert stage.train.tokens_by_source["a"][-1] == 0.75 * 950 * BATCH * SEQ_LENGTH
+
+
 # Summary
 
 
@@ -311,22 +363,36 @@ def test_the_summary_says_where_the_time_went(finished: RunDir, config: RunConfi
     assert "\ngoodput 5.0% of 20 s; lost: " in output.getvalue()
 
 
+def test_goodput_is_that_of_the_rows_as_they_are_read_elsewhere(run: RunDir, config: RunConfig) -> None:
+    """With a crash, a row of an older phidias, a validation, and what is no row."""
+    told = {1000.0: "start", 1001.0: "stage_start", 1051.0: "fault", 1060.0: "start", 1070.0: "resume"}
+    events = [{"time": at, "kind": kind, "stage": "pretrain", "step": 30, "pid": int(at)} for at, kind in told.items()]
+    write_rows(run.events, events)
+    rows = [train_row(step, step_time_s=0.7, data_wait_s=0.1) for step in range(1, 51)]
+    del rows[10]["data_wait_s"]
+    write_rows(run.metrics, [*rows, {"time": 1050.0, "kind": "new"}])
+    again = [train_row(step, time=1042.0 + step, step_time_s=0.6) for step in range(31, 61)]
+    write_rows(run.metrics, [*again, validation_row(60) | {"time": 1110.0, "seconds": 5.0}])
+    found = summarise(run, config).goodput
+    assert found is not None and found.lost_s["recomputed"] > 0 and found.lost_s["validation"] == 5.0
+    assert found == measure_goodput(run, events=events, until=None)
+
+
 # Curves
 
 
-def test_smoothing_keeps_a_straight_line_and_passes_over_missing_rows() -> None:
-    line = np.linspace(10.0, 2.0, 1001)
-    window = 16  # rows at the end whose window lacks what is not there yet
-    np.testing.assert_allclose(smooth(line)[:-window], line[:-window], atol=1e-9)
-    noisy = np.where(np.arange(1001) == 1000, 50.0, 1.0)
-    assert smooth(noisy)[-1] < 6, "the last row must not stand alone"
-    noisy = np.where(np.arange(1001) % 3 == 0, np.nan, 5.0)
-    np.testing.assert_allclose(smooth(noisy)[1:-1], 5.0)
-
-
-def test_smoothing_lowers_noise() -> None:
-    noise = np.random.default_rng(0).normal(3.0, 0.2, 5000)
-    assert smooth(noise)[200:-200].std() < 0.2 / 10
+def test_a_stretch_is_the_mean_of_its_rows_that_have_a_value() -> None:
+    tokens = np.arange(1.0, 10_001.0)
+    found = stretches(tokens, points=100)
+    assert found.rows.sum() == 10_000
+    np.testing.assert_allclose(found.means(tokens, tokens), found.tokens)
+    gaps = np.where(tokens % 2 == 0, np.nan, 5.0)
+    means = found.means(tokens, gaps)
+    assert means[0] == 5.0 and np.isnan(means[1])  # the first stretches are of one row
+    np.testing.assert_allclose(means[found.rows > 1], 5.0)
+    some = tokens[::7]  # other rows than those that made the stretches
+    np.testing.assert_allclose(found.means(some, some)[-50:-1], found.tokens[-50:-1], atol=4)
+    assert found.largest(tokens, np.where(tokens == 9_000, 9.0, 1.0)).max() == 9.0
 
 
 def test_decimation_bounds_the_points_and_keeps_every_spike() -> None:
@@ -350,11 +416,13 @@ def test_sampled_rows_are_dense_near_the_beginning() -> None:
 
 def test_figures_hold_the_curves_over_all_stages(finished: RunDir, config: RunConfig) -> None:
     history = read_history(finished)
-    figures = build_figures(history, config=config, summary=summarise(finished, config, history=history))
-    raw, _, held_out = figures["traces"]["loss"]
+    figures = build_figures(history, config=config, summary=summarise(finished, config, history=history), plans=Plans(finished))
+    raw, smooth, held_out = figures["traces"]["loss"]
     step = BATCH * SEQ_LENGTH
     assert raw["x"] == [*(step * i for i in range(1, 7)), None, *(step * i for i in range(7, 11))]
     assert raw["y"] == [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, None, 2.9, 2.8, 2.7, 2.6]
+    assert smooth["y"] == [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.9, 2.8, 2.7, 2.6]
+    assert figures["grid"] == {"tokens": [step * i for i in range(1, 11)], "rows": [1] * 10, "sizes": [6, 4]}
     assert held_out["y"] == [0.75 * 3.0 + 0.25 * 4.0, None, pytest.approx(2.1)]
     assert figures["borders"] == [{"name": "pretrain", "tokens": 0}, {"name": "midtrain", "tokens": 6 * step}]
     names = {trace["name"]: trace["source"] for trace in figures["traces"]["sources"]}
@@ -366,9 +434,9 @@ def test_a_long_stage_and_a_diverged_row_still_make_a_small_valid_figure(run: Ru
     rows[2_500]["loss"] = rows[2_500]["loss_by_source"]["a"] = math.inf
     write_rows(run.metrics, rows)
     history = read_history(run)
-    figures = build_figures(history, config=config, summary=summarise(run, config, history=history))
+    figures = build_figures(history, config=config, summary=summarise(run, config, history=history), plans=Plans(run))
     text = json.dumps(figures, allow_nan=False)
-    longest = max(len(trace["x"]) for traces in figures["traces"].values() for trace in traces)
+    longest = max(len(trace["y"]) for traces in figures["traces"].values() for trace in traces)
     assert longest <= 2 * (EVEN_POINTS + EARLY_POINTS)
     assert len(text) < 200_000
 
@@ -380,16 +448,15 @@ def test_page_is_self_contained_and_holds_figures_tables_and_config(finished: Ru
     from plotly.offline import get_plotlyjs
 
     finished.code.write_text(json.dumps({"version": "0.1.0", "commit": "abcdef0123456789", "dirty": True}))
-    page = write_report(finished).read_text()
+    page = page_of(finished)
     assert not re.search(r"""(src|href)\s*=\s*["']?\s*(https?:)?//""", page)
     assert "@import" not in page
     assert len(page) < 5_000_000
     packed = re.search(r'id="plotly">(.*?)</script>', page, re.DOTALL)
     assert packed is not None
     assert gzip.decompress(base64.b64decode(packed[1])).decode() == get_plotlyjs()
-    assert set(figures_of(page)["traces"]) == {"loss", "sources", "lr", "grad_norm", "throughput"}
-    for chart in figures_of(page)["traces"]:
-        assert f'id="chart-{chart}"' in page
+    drawn = {"loss", "sources", "lr", "grad_norm", "throughput", "timeline"}
+    assert set(re.findall(r'id="chart-([a-z_0-9]+)"', page)) == drawn  # what these rows do not say has no chart
     for part in (
         "Phidias 0.1.0 · abcdef012345 with uncommitted changes",
         "below the unigram entropy",
@@ -408,7 +475,7 @@ def test_the_page_divides_the_time(run: RunDir) -> None:
     write_rows(run.events, [row | ({"after": "requeue"} if row["kind"] == "job_end" else {}) for row in rows])
     write_rows(run.metrics, [train_row(100, time=began + 2520, step_time_s=21.6, data_wait_s=0.0)])
     with lock_run(run):
-        page = write_report(run).read_text()
+        page = page_of(run)
     table = re.search(r'<div class="time">(.*?)</table>', page, re.DOTALL)
     assert table is not None
     cells = [re.sub("<[^>]*>", "", cell) for cell in re.findall(r"<td.*?</td>", table[1], re.DOTALL)]
@@ -427,22 +494,23 @@ def test_text_from_files_cannot_become_markup(finished: RunDir) -> None:
         [{"time": 2000.0, "kind": "fault", "stage": "pretrain", "error": "</script><img src=x onerror=alert(1)>"}],
     )
     write_rows(finished.metrics, [train_row(5, stage="midtrain", loss_by_source={"</script><b>": 1.0})])
-    page = write_report(finished).read_text()
+    page = page_of(finished)
     assert "<img" not in page
     assert "<b>" not in page
     assert "&lt;/script&gt;&lt;img" in page
 
 
 def test_a_run_that_has_not_begun_has_a_page(run: RunDir) -> None:
-    page = write_report(run).read_text()
+    page = page_of(run)
     assert "not started" in page
     assert figures_of(page)["entropy"] is None
     assert page.count("No step is logged yet.") == 2
+    assert "No plan.json" in page and "no launch of it says" in page
 
 
 def test_exposure_over_its_cap_is_marked(finished: RunDir) -> None:
     write_rows(finished.metrics, [train_row(5, stage="midtrain", tokens_by_source={"b": 4_000})])
-    page = write_report(finished).read_text()
+    page = page_of(finished)
     assert page.count('class="over"') == 1
     assert f"{(0.25 * 1536 + 4_000) / 500:.2f}</strong>" in page
 
@@ -455,10 +523,258 @@ def test_events_read_as_words() -> None:
         "step": 1200,
         "samples": 9600,
         "tokens": 2e6,
+        "finished": False,
+        "validation_loss": 2.34567,
         "seconds": 1.5,
+        "stall_s": 0.25,
         "bytes": 3e9,
     }
-    assert describe_event(checkpoint) == "step 1,200 · 9,600 samples · 2.00M tokens · 1.50 s · 3.00 GB"
+    assert (
+        describe_event(checkpoint)
+        == "step 1,200 · 9,600 samples · 2.00M tokens · held-out loss 2.346 · 1.50 s · stood still 0.25 s · 3.00 GB"
+    )
     assert describe_event({"time": 1.0, "kind": "amended", "changes": {"layout.tp": [1, 2]}}) == "layout.tp: 1 → 2"
     assert describe_event({"time": 1.0, "kind": "start", "command": ["phidias", "train"], "pid": 7}) == "phidias train · pid 7"
     assert describe_event({"time": 1.0, "kind": "new_kind", "whatever": None, "rank": 3}) == "rank 3"
+
+
+# Plan against what became of it
+
+
+def predicted(**changes: Any) -> dict[str, Any]:
+    """A stage of plan.json on GPUs."""
+    speed = {"tokens_per_s": 500.0, "step_time_s": 0.5, "mfu": 0.4, "days": 2000 / 86400}
+    memory = {"peak": 50.0, "capacity": 80.0}
+    tflops = {"causal": 400.0, "full": 440.0}
+    amounts = {"stage": "pretrain", "tokens": 3072.0, "num_steps": 12}
+    return {**amounts, **speed, "memory_gib": memory, "model_tflops_per_gpu": tflops, **changes}
+
+
+def on_gpus(step: int) -> dict[str, Any]:
+    speed = {"step_time_s": 0.6, "mfu": 0.3, "tflops_per_gpu": 300.0, "tokens_per_s": 400.0}
+    return train_row(step, **speed, memory_max_bytes=(50 + step) * GIB)
+
+
+def test_the_plan_stands_against_what_was_measured(run: RunDir) -> None:
+    """Half of the tokens are trained, in 1,500 s at work of which the plan allows half of its 2,000."""
+    run.plan.write_text(json.dumps([predicted()]))
+    write_rows(run.metrics, [on_gpus(step) for step in range(1, 7)])
+    bands = [
+        Band("start_up", "pretrain", 0, 300),
+        Band("training", "pretrain", 300, 1500),
+        Band("queue", "pretrain", 1500, 9000),
+    ]
+    history, plans = read_history(run), Plans(run)
+    rows = compare_stage(measure(history.stages[0], bands=bands), predicted=plans.predicted("pretrain"))
+    assert {row.name: (row.planned, row.measured, row.ratio and round(row.ratio, 3)) for row in rows} == {
+        "tokens": (3072, 1536, 0.5),
+        "steps": (12, 6, 0.5),
+        "tokens/s": (500, 400, 0.8),
+        "step time": (0.5, pytest.approx(0.6), 1.2),
+        "TFLOP/s per GPU": (400, 300, 0.75),
+        "MFU": (0.4, pytest.approx(0.3), 0.75),
+        "memory of a GPU": (50, 56, 1.12),
+        "duration": (pytest.approx(2000), 1500, 1.5),
+    }
+    section = plan_section(history, plans=plans, bands=bands)
+    cells = [re.sub("<[^>]*>", " ", cell).split() for cell in re.findall("<td.*?</td>", section)]
+    assert cells[-5:-1] == [
+        ["duration"],
+        ["33", "min", "20", "s", "16", "min", "40", "s", "for", "the", "tokens", "so", "far"],
+        ["25", "min", "00", "s"],
+        ["150%"],
+    ]
+
+
+def test_on_cpu_ranks_the_page_says_that_no_speed_is_predicted(run: RunDir) -> None:
+    nothing = dict.fromkeys(("tokens_per_s", "step_time_s", "mfu", "days", "model_tflops_per_gpu"))
+    run.plan.write_text(json.dumps([predicted(**nothing, memory_gib={"peak": 0.01, "capacity": None})]))
+    write_rows(run.metrics, [train_row(step, memory_max_bytes=GIB) for step in range(1, 7)])
+    page = page_of(run)
+    section = page[page.index("<h2>Plan") : page.index("<h2>Exposure")]
+    assert "The cluster has no GPUs, so the plan predicts no speed" in section
+    assert re.findall("<tr><td>([a-zA-Z/ ]+)</td>", section) == ["tokens", "steps", "pretrain"]
+    assert "1,536" in section and "3,072" in section and "50.0%" in section
+
+
+def test_cards_say_what_rows_know(run: RunDir) -> None:
+    run.plan.write_text(json.dumps([predicted(), predicted(stage="midtrain", tokens=3072.0)]))
+    write_rows(run.events, [{"time": 1000.0, "kind": "start"}])
+    write_rows(run.metrics, [on_gpus(step) for step in range(1, 7)])
+    cards = re.findall('class="label">(.*?)</div>.*?class="value">(.*?)</div>.*?class="note">(.*?)</div>', page_of(run))
+    assert cards[1] == ("Tokens trained", "1,536", "6 steps · 25.0% of the plan")
+    assert cards[4:6] == [
+        ("MFU", "30.0%", "300 TFLOP/s a GPU, causal FLOPs"),
+        ("Memory", "56.0 GiB", "of the fullest rank, at most"),
+    ]
+    assert cards[6] == ("Goodput", "60.0%", "of 6 s; most lost: other")
+
+
+def test_charts_are_those_that_rows_have_figures_for(run: RunDir, config: RunConfig) -> None:
+    run.plan.write_text(json.dumps([predicted()]))
+    parts = {"forward_s": 0.1, "backward_s": 0.2, "optimizer_s": 0.05, "exposed_s": 0.03, "checkpoint_s": 0.0}
+    norms = {"weight_norm": 3.0, "update_ratio": 1e-3, "zero_grads": 0.25, "epochs_by_source": {"a": 0.5, "b": 0.25}}
+    write_rows(run.metrics, [on_gpus(step) | parts | norms for step in range(1, 7)])
+    page = page_of(run)
+    traces = figures_of(page)["traces"]
+    for chart in ("mfu", "memory", "split", "weight_norm", "update_ratio", "zero_grads", "epochs"):
+        assert f'id="chart-{chart}"' in page
+    assert "chart-fp8" not in page
+    assert {trace["name"]: trace["y"][0] for trace in traces["split"]} == {
+        "forward": 0.1, "backward": 0.2, "optimizer": 0.05, "exposed communication and waiting": 0.03, "data wait": 0.0,
+        "checkpoint": 0.0,
+    }  # fmt: skip
+    assert {trace["name"]: trace["y"] for trace in traces["epochs"]} == {"a": [0.5] * 6, "b": [0.25] * 6}
+    assert traces["memory"][0]["y"] == [51.0, 52.0, 53.0, 54.0, 55.0, 56.0]
+    assert [trace["y"] for trace in traces["mfu"] if trace["kind"] == "plan"] == [[0.4, 0.4]]
+
+
+# Timeline
+
+
+def test_bands_say_what_the_run_did_when(run: RunDir, config: RunConfig) -> None:
+    job: dict[str, Any] = {"job": "7", "restarts": 0}
+    told = [("job_start", 100, job), ("stage_start", 160, {}), ("fault", 400, {}), ("start", 430, job)]
+    told += [("resume", 460, {"step": 20}), ("stop", 700, {}), ("job_end", 710, {"after": "requeue"})]
+    told += [("job_start", 900, job), ("resume", 950, {"step": 40}), ("stop", 960, {})]
+    write_rows(run.events, [{"time": 1.0 * at, "kind": kind, "stage": "pretrain", **more} for kind, at, more in told])
+    write_rows(run.metrics, [train_row(20, time=390.0, step_time_s=10.0), train_row(40, time=690.0, step_time_s=10.0)])
+    bands = summarise(run, config).bands
+    assert [(band.cause, band.stage, band.begin, band.end) for band in bands] == [
+        ("start_up", "pretrain", 100, 160),
+        ("training", "pretrain", 160, 400),
+        ("restart", "pretrain", 400, 460),
+        ("training", "pretrain", 460, 700),
+        ("other", "pretrain", 700, 710),
+        ("queue", "pretrain", 710, 900),
+        ("start_up", "pretrain", 900, 950),
+        ("training", "pretrain", 950, 960),
+    ]
+    assert work_s(bands, stage="pretrain") == 610 + 60
+    assert work_s(bands, stage="midtrain") == 0
+
+
+def test_the_timeline_has_a_lane_for_each_kind_of_event() -> None:
+    events = [{"time": float(at), "kind": "checkpoint", "stage": "p", "step": at} for at in range(3 * MOST_MARKS)]
+    events += [{"time": 7.0, "kind": "fault", "error": "x" * 500}, {"time": 8.0, "kind": "new_kind"}, {"kind": "untimed"}]
+    timeline = build_timeline(events, bands=[Band("queue", "p", 1.0, 2.5), Band("training", "p", 2.5, 62.5)])
+    lanes = {lane["name"]: lane for lane in timeline["lanes"]}
+    assert list(lanes) == ["faults", "checkpoints", "other"]
+    assert (len(lanes["checkpoints"]["times"]), lanes["checkpoints"]["hidden"]) == (MOST_MARKS, 2 * MOST_MARKS)
+    assert lanes["checkpoints"]["words"][1] == "checkpoint · p · step 3"
+    assert (lanes["other"]["times"], lanes["other"]["words"]) == ([8000], ["new kind"])
+    assert len(lanes["faults"]["words"][0]) == WORDS and lanes["faults"]["words"][0].startswith("fault · xxx")
+    assert timeline["bands"] == [
+        {"kind": "away", "begin": 1000, "end": 2500, "words": "queue, 2 s"},
+        {"kind": "training", "begin": 2500, "end": 62500, "words": "training p, 1 min 00 s"},
+    ]
+
+
+# Config
+
+
+def launched(run: RunDir, *words: str) -> RunDir:
+    write_rows(run.events, [{"time": 1.0, "kind": "start", "command": list(words)}])
+    return run
+
+
+def test_the_config_is_compared_with_what_its_run_file_says_alone(run: RunDir) -> None:
+    config = compose_run(["run=demo", "run.seed=7", "monitor.log_interval=3", "stage=demo_pretrain", "optim.weight_decay=0.05"])
+    launched(run, "phidias train", "run=demo", "run.seed=7", "monitor.log_interval=3", "stage=demo_pretrain")
+    assert str(base_of(read_history(run))) == "run=demo"
+    base, free = compose_base(base_of(read_history(run)))
+    before = {stage.stage.name: stage for stage in base.stages}["demo_pretrain"].optim.weight_decay
+    assert differing(config, base=base, free=free) == [
+        ("run.seed", 42, 7),
+        ("monitor.log_interval", base.monitor.log_interval, 3),
+        ("stages.demo_pretrain.optim.weight_decay", before, 0.05),
+    ]
+    section = config_section(config, history=read_history(run))
+    assert section.count("<tr>") == 4 and "stages.<wbr>demo_pretrain.<wbr>optim.<wbr>weight_decay" in section
+    assert "without a change" in config_section(base, history=read_history(run))
+
+
+def test_a_section_that_the_base_lacks_is_one_line(run: RunDir) -> None:
+    base, free = compose_base(base_of(read_history(launched(run, "phidias train", "run=demo"))))
+    tree = dump_run(base)
+    tree["stages"][0]["mixture"]["sources"]["more"] = tree["stages"][0]["mixture"]["sources"]["prose"]
+    found = differing(validate_run(tree), base=base, free=free)
+    assert found == [("stages.demo_pretrain.mixture.sources.more", "absent", "present")]
+
+
+def test_a_base_that_is_gone_is_said_in_a_sentence(run: RunDir, config: RunConfig, tmp_path: Path) -> None:
+    launched(run, "phidias train", f"--config-dir={tmp_path}/yaml", "run=mine", "run.seed=7")
+    assert "is not there any more" in config_section(config, history=read_history(run))
+    (tmp_path / "yaml").mkdir()
+    assert "run=mine cannot be composed any more" in config_section(config, history=read_history(run))
+    launched(run, "phidias job", "work")  # a requeue does not say what it trains
+    assert base_of(read_history(run)).words == ("run=mine",)
+    run.events.unlink()
+    with pytest.raises(NoBaseError):
+        base_of(read_history(launched(run, "phidias job", "work")))
+
+
+# In a browser
+
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium on PATH")
+
+
+def smoothed_in(page: Page, *, tokens: list[float], rows: list[int], sizes: list[int], values: Any, part: float) -> Any:
+    grid = {"tokens": tokens, "rows": rows, "sizes": sizes}
+    return page.run(f"smoothed({json.dumps(grid)}, {json.dumps(values)}, {part})")
+
+
+@needs_browser
+def test_the_page_in_a_browser(run: RunDir, tmp_path: Path) -> None:
+    """On a phone in the dark: every chart is drawn, nothing goes wrong or leaves the screen, controls work by keyboard."""
+    run.plan.write_text(json.dumps([predicted()]))
+    write_rows(run.events, [{"time": 1000.0, "kind": "start"}, {"time": 1003.0, "kind": "fault", "error": "<b>no"}])
+    rates = {"forward_s": 0.2, "backward_s": 0.3, "epochs_by_source": {"a": 1.0}}
+    rows = [on_gpus(step) | rates | {"loss": 4.0 + step % 2} for step in range(1, 101)]
+    rows += [train_row(step, stage="midtrain", loss=3.0) for step in range(1, 40)]
+    write_rows(run.metrics, rows)
+    make_report(run)
+    page = Page(run.report, width=390, dark=True, profile=tmp_path / "profile")
+    try:
+        page.wait_for("document.querySelectorAll('.chart').length && !document.querySelector('.chart:not(:has(svg))')")
+        assert page.run("document.documentElement.scrollWidth") == 390
+        assert page.run("getComputedStyle(document.body).backgroundColor") == "rgb(18, 20, 24)"
+        assert page.run("document.querySelectorAll('#chart-timeline .points path').length") >= 3
+        smooth = "document.getElementById('chart-loss').data.find((trace) => trace.name.endsWith('smoothed')).y"
+        before = page.run(smooth)
+        page.run("document.getElementById('smoothing').focus()")
+        for kind in ("keyDown", "keyUp"):
+            page.call("Input.dispatchKeyEvent", type=kind, key="Home", code="Home", windowsVirtualKeyCode=36)
+        page.wait_for(f"document.getElementById('smoothing-told').textContent === '0%' && {smooth}[1] === 4")
+        assert page.run(smooth)[:2] == [5, 4] and 4.3 < before[50] < 4.7
+        page.run("document.getElementById('log-loss').focus()")
+        for kind in ("keyDown", "keyUp"):
+            page.call("Input.dispatchKeyEvent", type=kind, key=" ", code="Space", windowsVirtualKeyCode=32, text=" ")
+        page.wait_for("document.getElementById('chart-loss').layout.yaxis.type === 'log'")
+
+        line = [float(i) for i in range(1, 101)]
+        one = [1] * 100
+        straight = smoothed_in(page, tokens=line, rows=one, sizes=[100], values=line, part=0.2)
+        np.testing.assert_allclose(straight["y"][:90], line[:90])  # a straight line stays one, but for the last half window
+        gaps = [5.0 if i % 3 else None for i in range(100)]
+        found = smoothed_in(page, tokens=line, rows=one, sizes=[60, 40], values=gaps, part=0.3)
+        assert set(found["y"]) == {5.0, None} and found["x"].count(None) == 1  # the pen is lifted between the stages only
+        weighed = smoothed_in(page, tokens=[1, 2, 3, 4, 5], rows=[1, 1, 1, 1, 6], sizes=[5], values=[0, 0, 0, 0, 10], part=1.0)
+        assert weighed["y"] == [
+            0,
+            0,
+            0,
+            7.5,
+            7.5,
+        ]  # the last point has six rows
+        page.run("document.getElementById('chart-timeline').scrollIntoView({block: 'center'})")
+        x, y = page.run(
+            "(() => { const marks = document.querySelectorAll('#chart-timeline .points path');"
+            " const box = marks[marks.length - 1].getBoundingClientRect();"
+            " return [box.x + box.width / 2, box.y + box.height / 2]; })()"
+        )
+        page.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        page.wait_for("document.querySelector('#chart-timeline .hoverlayer').textContent.includes('fault · bno')")
+        assert page.errors == []
+    finally:
+        page.close()
