@@ -54,6 +54,8 @@ bench: setup
 	$(BIN)/python -m benchmarks.planner
 	$(BIN)/python -m benchmarks.slurm
 	$(BIN)/python -m benchmarks.recovery
+	$(BIN)/python -m benchmarks.logging
+	$(BIN)/python -m benchmarks.report
 
 clean:
 	rm -rf $(VENV)
