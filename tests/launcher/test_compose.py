@@ -17,7 +17,8 @@ from launcher.verbs import plan
 from launcher.verbs.app import named_in_sweep, run_config_verb
 
 CONFIG_DIR = Path(model_configs.__file__).parent
-RUNS = sorted(path.stem for path in (CONFIG_DIR / "run").glob("*.yaml"))
+# The series of sizes is in test_series.py.
+RUNS = sorted(path.stem for path in (CONFIG_DIR / "run").glob("*.yaml") if not path.stem.startswith("series"))
 STAGES = {"phi4": ("pretrain", "midtrain"), "demo": ("demo_pretrain", "demo_midtrain"), "ablation": ("ablation",)}
 # Hardware and efficiency are no groups of Hydra: a cluster names a device by name (test_planner_refusals reads each).
 OPTIONS = [
