@@ -82,6 +82,15 @@ class Clocks:
         yield
         self(name).stop()
 
+    @contextmanager
+    def standing(self) -> Iterator[None]:
+        """What runs inside, such as a validation, is not of the steps."""
+        before = {name: clock.take() for name, clock in self.clocks.items()}
+        yield
+        for name, clock in self.clocks.items():
+            clock.take()
+            clock.seconds = before[name]
+
     def take(self) -> "Spent":
         """Since it was called last. Parameters that are gathered within the update are communication, not the optimizer."""
         seconds = {name: clock.take() for name, clock in self.clocks.items()}

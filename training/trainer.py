@@ -340,9 +340,8 @@ class Trainer:
         if not self.held_out.num_microbatches:
             return
         began = time.perf_counter()
-        with self.heartbeat.pause("validation", step=self.progress.step):
+        with self.heartbeat.pause("validation", step=self.progress.step), self.stepper.clocks.standing():
             sums = self.stepper.evaluate(self.held_out.batches(), num_microbatches=self.held_out.num_microbatches)
-        self.stepper.clocks.take()
         by_source = sums.loss_by_source(self.opened.names)
         loss = mixture_loss(by_source, shares=self.opened.shares_at(self.progress.samples))
         self.validated = (self.progress.step, loss)

@@ -58,6 +58,15 @@ def test_gathering_parameters_is_not_the_optimizer() -> None:
     assert clocks.take().forward_s == 0.0
 
 
+def test_a_validation_between_two_rows_is_not_of_their_steps() -> None:
+    clocks = Clocks(torch.device("cpu"))
+    clocks.clocks[FORWARD].seconds = 1.0
+    with clocks.standing():
+        clocks.clocks[FORWARD].seconds += 5.0
+    clocks.clocks[FORWARD].seconds += 0.5
+    assert clocks.take().forward_s == 1.5
+
+
 @pytest.fixture
 def stepper() -> Iterator[Stepper]:
     config = stage()
