@@ -1,7 +1,9 @@
 """Measures an exported Hugging Face folder, through transformers alone, on the held-out text that the run's validation reads:
 loss and perplexity by source, which must be those that the run measured. Writes eval/<stage>.json; no network needed.
 
-Keys: stage=<the last stage>  runs_dir=runs"""
+Of a stage with longer sequences than the one before, also what it makes of long text: loss by position, needles in a haystack.
+
+Keys: stage=<the last stage>  long_context=true|false  runs_dir=runs"""
 
 import os
 from collections.abc import Sequence
@@ -14,7 +16,7 @@ from launcher.verbs.runs import RUNS_DIR, exportable
 
 
 def run(words: Sequence[str]) -> int:
-    names, options = read_run_words(words, keys=("stage", "runs_dir"))
+    names, options = read_run_words(words, keys=("stage", "long_context", "runs_dir"))
     hint = f"phidias eval {names[0]}" if names else "name one"
     directory, config, stage = exportable(
         names, stage=options.get("stage"), runs_dir=options.get("runs_dir", RUNS_DIR), hint=hint
@@ -23,4 +25,8 @@ def run(words: Sequence[str]) -> int:
     if installed("transformers") is None and not elsewhere:
         rule = "eval loads the exported folder through it"
         raise ConfigError(Problem("transformers", "not installed", rule, "pip install 'phidias[train,eval]'"))
-    return call_interop(directory, config, module="evaluate", words=["--stage", stage])
+    long = options.get("long_context")
+    if long not in (None, "true", "false"):
+        raise ConfigError(Problem("long_context", repr(long), "it is true or false", "long_context=true, or leave it away"))
+    words = ["--stage", stage, *(["--long-context", long] if long else [])]
+    return call_interop(directory, config, module="evaluate", words=words)

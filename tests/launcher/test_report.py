@@ -39,6 +39,7 @@ from launcher.report.tables import describe_event
 from launcher.rundir.goodput import measure_goodput
 from launcher.rundir.lock import lock_run
 from launcher.rundir.paths import RunDir
+from launcher.rundir.records import write_json
 from tests.launcher.chromium import BROWSER, Page
 from tests.training.tiny import run_config, stage_config
 
@@ -778,3 +779,24 @@ def test_the_page_in_a_browser(run: RunDir, tmp_path: Path) -> None:
         assert page.errors == []
     finally:
         page.close()
+
+
+def test_what_eval_measured_is_shown_where_it_was(finished: RunDir, config: RunConfig) -> None:
+    assert "What was exported" not in page_of(finished)
+    stage = config.stage_names[0]
+    finished.eval(stage).parent.mkdir()
+    bucket = {"begin": 0, "end": 16, "loss": 2.5, "rise": None, "rise_error": None}
+    later = {"begin": 16, "end": 32, "loss": 2.75, "rise": 0.25, "rise_error": 0.05}
+    positions = {"documents": {"a": 3, "b": 4}, "reference": 16, "buckets": [bucket, later], "rises": True}
+    needles = [{"length": 32, "depth": depth, "trials": 4, "recalled": 1, "gain": 1.5} for depth in (0.0, 0.5)]
+    long = {"positions": positions, "needles": needles, "why_not": None}
+    held_out = {"agrees": True, "mixture": {"loss": 2.625}}
+    write_json(finished.eval(stage), {"step": 1200, "held_out": held_out, "long_context": long})
+    page = page_of(finished)
+    assert "What was exported" in page and f"{stage}, step 1,200" in page
+    assert "Held-out loss 2.625: agrees with what the run measured." in page
+    assert "Loss by position in 7 held-out documents: it rises past 16 tokens." in page
+    assert '<td>16 to 32</td><td class="number">2.750</td><td class="number">+0.250</td>' in page
+    assert '<td class="number">25.0% <small>+1.5</small></td>' in page
+    finished.eval(stage).write_text("[")
+    assert "What was exported" not in page_of(finished)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import yaml  # type: ignore[import-untyped]
@@ -102,7 +103,7 @@ def copy(exported: RunDir, tmp_path: Path) -> Iterator[RunDir]:
 
 
 def measure(run: RunDir, config: RunConfig | None = None) -> evaluate.HeldOut:
-    return evaluate.evaluate(run, config or read_config(run), stage=STAGE)[1]
+    return evaluate.evaluate(run, config or read_config(run), stage=STAGE).held_out
 
 
 def reading(config: RunConfig, data_dir: Path) -> RunConfig:
@@ -252,7 +253,8 @@ def test_no_held_out_text_at_all(copy: RunDir, tmp_path: Path) -> None:
 def test_an_export_of_another_step_is_said_and_not_compared(copy: RunDir) -> None:
     path = copy.export(STAGE) / "phidias.json"
     write_json(path, read_json(path) | {"step": 1, "tokens": 160})
-    exported, held_out = evaluate.evaluate(copy, read_config(copy), stage=STAGE)
+    found = evaluate.evaluate(copy, read_config(copy), stage=STAGE)
+    exported, held_out = found.exported, found.held_out
     assert held_out.agrees is None and held_out.mixture.run_loss is None and not evaluate.verdict(exported, held_out)
     said = "\n".join(evaluate.caveats(copy, exported, held_out))
     assert "left out: c" in said and "NOT compared: the run did not validate at step 1" in said
@@ -281,3 +283,36 @@ def test_what_eval_needs(copy: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert phidias(words) == 2 and "pip install 'phidias[train,eval]'" in capsys.readouterr().err
     copy.config.write_text(copy.config.read_text().replace("family: phi3", "family: null"))
     assert phidias(words) == 2 and "model.family: found null" in capsys.readouterr().err
+
+
+# Long text
+
+
+def test_loss_by_position_is_that_of_the_documents_alone(exported: RunDir) -> None:
+    """Held-out documents have 50 tokens, windows 32 and the next: each is one."""
+    found = evaluate.evaluate(exported, read_config(exported), stage=STAGE, long=True).long_context
+    assert found is not None and found.positions is not None
+    model = evaluate.load_model(evaluate.read_export(exported, stage=STAGE), dtype="fp32", device=evaluate.CPU, run=exported)
+    losses = []
+    for name in ("a", "b"):
+        tokens = np.fromfile(exported.root.parents[1] / "data" / name / "held_out_00000.bin", dtype=np.uint16)
+        for begin in range(0, len(tokens), 50):
+            document = torch.tensor(tokens[begin : begin + 33].astype(np.int64))[None]
+            with torch.no_grad():
+                logits = model(input_ids=document[:, :-1]).logits
+            losses.append(torch.nn.functional.cross_entropy(logits[0], document[0, 1:], reduction="none"))
+    assert found.positions.documents == {"a": 12, "b": 12} and found.positions.reference == 16
+    first, second = found.positions.buckets
+    assert (first.begin, first.end, second.begin, second.end) == (0, 16, 16, 32)
+    table = torch.stack(losses)
+    assert first.loss == pytest.approx(float(table[:, :16].mean()), rel=1e-5)
+    assert second.rise == pytest.approx(float(table[:, 16:].mean() - table[:, :16].mean()), abs=1e-5)
+    section = read_json(exported.eval(STAGE))["long_context"]
+    assert section["positions"]["rises"] is found.positions.rises and section["needles"] == []
+
+
+def test_long_context_is_measured_where_sequences_grew_or_it_is_asked_for(exported: RunDir) -> None:
+    assert evaluate.evaluate(exported, read_config(exported), stage=STAGE).long_context is None
+    stages = [stage_config(), stage_config(stage=dict(name="midtrain", seq_length=64, init_from="pretrain"))]
+    config = run_config(exported.root, stages=stages)
+    assert [evaluate.trained_length(config, stage=stage) for stage in config.stages] == [None, 32]

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from launcher.rundir.records import append_record, read_json, read_records, writ
 from training.batch import PADDING, Rows, to_device
 from training.data import HeldOutFeed, StageData, ledger_from_json, masked_rows
 from training.errors import exit_class
+from training.interop import long_context
+from training.interop.long_context import LongContext, measure_long_context
 from training.parallel import Rank
 from training.step import Sums, mixture_loss
 
@@ -115,15 +118,41 @@ class HeldOut:
         return {**vars(self), **figures, "agrees": self.agrees}
 
 
-def evaluate(run: RunDir, config: RunConfig, *, stage: str) -> tuple[Exported, HeldOut]:
-    """Measures a stage's export, and writes eval/<stage>.json and an event, whether it agrees with the run or not.
+@dataclass(frozen=True)
+class Evaluation:
+    """`long_context` is None where it was not asked for."""
+
+    exported: Exported
+    held_out: HeldOut
+    long_context: LongContext | None
+
+
+def evaluate(run: RunDir, config: RunConfig, *, stage: str, long: bool | None = None) -> Evaluation:
+    """Measures a stage's export, and writes eval/<stage>.json and an event, whether it agrees with the run or not. Long context
+    where the stage has longer sequences than the one it starts from, unless said.
 
     RunStateError: no export, one that does not load, or windows that are not those of the run's validation. DataError: no data
     here, or no held-out window. Then nothing is written."""
     began, exported = time.monotonic(), read_export(run, stage=stage)
-    held_out = measure_held_out(run, config, exported=exported)
-    write_evaluation(run, exported, seconds=round(time.monotonic() - began, 3), held_out=held_out.to_json())
-    return exported, held_out
+    loaded = Loaded(exported, run)
+    held_out = measure_held_out(run, config, loaded=loaded)
+    before = trained_length(config, stage=config.stage(stage))
+    found: LongContext | None = None
+    if long or (long is None and before is not None):
+        feed = HeldOutFeed(config, config.stage(stage), rank=ALONE)
+        found = measure_long_context(loaded.model, loaded.tokenizer, feed=feed, trained_length=before, losses=token_losses)
+    sections = {"held_out": held_out.to_json()} | ({"long_context": found.to_json()} if found else {})
+    write_evaluation(run, exported, seconds=round(time.monotonic() - began, 3), **sections)
+    return Evaluation(exported, held_out, found)
+
+
+def trained_length(config: RunConfig, *, stage: StageConfig) -> int | None:
+    """The sequence length of the stage that this one starts from, where it is shorter."""
+    parent = stage.stage.init_from
+    if parent not in config.stage_names:
+        return None
+    before = config.stage(str(parent)).stage.seq_length
+    return before if before < stage.stage.seq_length else None
 
 
 def write_evaluation(run: RunDir, exported: Exported, *, seconds: float, **sections: dict[str, Any]) -> None:
@@ -137,10 +166,12 @@ def write_evaluation(run: RunDir, exported: Exported, *, seconds: float, **secti
     append_record(run.events, "eval", **source, path=str(path), seconds=seconds, **summary(**sections))
 
 
-def summary(*, held_out: Mapping[str, Any]) -> dict[str, Any]:
+def summary(*, held_out: Mapping[str, Any], long_context: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What the event says of the sections."""
     total = held_out["mixture"]
-    return {"loss": total["loss"], "difference": total["difference"], "agrees": held_out["agrees"]}
+    found = {"loss": total["loss"], "difference": total["difference"], "agrees": held_out["agrees"]}
+    positions = (long_context or {}).get("positions")
+    return found | ({"rises": positions["rises"]} if positions else {})
 
 
 def read_export(run: RunDir, *, stage: str) -> Exported:
@@ -159,17 +190,35 @@ def read_export(run: RunDir, *, stage: str) -> Exported:
     return Exported(folder, stage, step, tokens, size, round(written, 3))
 
 
-def measure_held_out(run: RunDir, config: RunConfig, *, exported: Exported) -> HeldOut:
+class Loaded:
+    """The model, in memory once it is asked for: what can be refused without it comes first."""
+
+    def __init__(self, exported: Exported, run: RunDir):
+        self.exported, self.run = exported, run
+        self.device = torch.device("cuda") if torch.cuda.is_available() else CPU
+        self.dtype = "fp32" if self.device.type == "cpu" else "bf16"
+
+    @cached_property
+    def model(self) -> Any:
+        return load_model(self.exported, dtype=self.dtype, device=self.device, run=self.run)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.exported.path, local_files_only=True)
+
+
+def measure_held_out(run: RunDir, config: RunConfig, *, loaded: Loaded) -> HeldOut:
     """Loss by source through transformers, beside the run's own at the same samples."""
+    exported, device, dtype = loaded.exported, loaded.device, loaded.dtype
     stage = config.stage(exported.stage)
     samples = exported.tokens // stage.stage.seq_length
     shares = shares_at(run, config, stage=stage, samples=samples)
     feed = HeldOutFeed(config, stage, rank=ALONE)
     rows, own = held_out_rows(feed), own_validation(run, stage=stage, samples=samples)
     refuse_other_windows(run, count_labels(rows, names=feed.names), own=own)
-    device = torch.device("cuda") if torch.cuda.is_available() else CPU
-    dtype = "fp32" if device.type == "cpu" else "bf16"
-    sums = sum_losses(load_model(exported, dtype=dtype, device=device, run=run), rows, num_sources=len(feed.names))
+    sums = sum_losses(loaded.model, rows, num_sources=len(feed.names))
     losses, tokens = sums.loss_by_source(feed.names), sums.tokens_by_source(feed.names)
     of_run = own["loss_by_source"] if own else {}
     return HeldOut(
@@ -362,11 +411,16 @@ def main() -> ExitClass:
     parser = argparse.ArgumentParser(prog="python -m training.interop.evaluate", description=__doc__)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--stage", required=True)
+    parser.add_argument("--long-context", choices=("true", "false"), help="null: where the stage has longer sequences")
     arguments = parser.parse_args()
     run = RunDir(arguments.run_dir)
+    asked = {None: None, "true": True, "false": False}[arguments.long_context]
     try:
-        exported, held_out = evaluate(run, read_config(run), stage=arguments.stage)
+        found = evaluate(run, read_config(run), stage=arguments.stage, long=asked)
+        exported, held_out = found.exported, found.held_out
         print("\n".join([table(exported, held_out), *caveats(run, exported, held_out)]))
+        if found.long_context:
+            print(long_context.table(found.long_context))
         print(*filter(None, [verdict(exported, held_out), f"written to {run.eval(arguments.stage)}"]), sep="\n")
     except torch.OutOfMemoryError as error:
         fix = "Fix: CUDA_VISIBLE_DEVICES= evaluates on the CPU, in fp32"
