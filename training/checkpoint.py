@@ -22,9 +22,11 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
-from launcher.config.schema import CheckpointPolicy, Layout, Optim
+from launcher.config.schema import CheckpointPolicy, Layout, ModelConfig, Optim
+from launcher.plan.foreign import Folder
 from launcher.rundir.checkpoints import DP_RESHARDABLE, FULLY_RESHARDABLE, CheckpointError, Meta, Saved, damages
 from launcher.rundir.paths import RunDir
+from training.interop.importing import import_weights
 from training.saving import Writer
 
 
@@ -107,6 +109,11 @@ class Checkpointer:
     def load_weights(self, saved: Saved) -> None:
         """Starts a stage from another's weights: the optimizer's moments begin anew."""
         self._load_weights(self._read(self._model_state(), saved.path))
+        self.optimizer.reload_model_params()
+
+    def import_folder(self, folder: Folder, *, model: ModelConfig) -> None:
+        """Starts a stage from a Hugging Face folder's weights."""
+        import_weights(self.chunks, folder, model=model)
         self.optimizer.reload_model_params()
 
     def _read(self, state: dict[str, Any], path: Path) -> dict[str, Any]:

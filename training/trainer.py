@@ -31,6 +31,7 @@ from training.fp8 import Fp8Watch
 from training.guard import Guard
 from training.health import Finding, StepHealth
 from training.heartbeat import Heartbeat
+from training.interop.importing import sound_folder
 from training.metrics import Metrics
 from training.model import build_model
 from training.optimizer import build_optimizer, build_schedule, set_schedule
@@ -99,19 +100,24 @@ class Trainer:
         return key | {"bucket_size": before} if before and key["bucket_size"] else key
 
     def restore(self) -> None:
-        """Goes on from the newest valid checkpoint of the stage, else from the end of the stage it starts from."""
-        init_from = self.stage.stage.init_from
+        """Goes on from the newest valid checkpoint of the stage, else from what the stage starts from."""
+        settings = self.stage.stage
         saved = find_sound(self.run, self.stage.stage.name, checkpointer=self.checkpointer, note=self.metrics.event)
         if saved:
             self.open_data(start=saved.meta.start_ledger, consumed=saved.meta.ledger)
             self.load(saved)
         elif self.progress.step:
             raise NothingBeforeError("there is no checkpoint to rewind to; the ranks start again from where the stage starts")
-        elif init_from:
+        elif settings.folder:
+            self.open_data(start={})
+            folder = on_rank_0(lambda: sound_folder(self.stage, config=self.config))
+            self.checkpointer.import_folder(folder, model=self.config.model)
+            self.metrics.event("stage_start", init_from=settings.folder, imported=folder.origin())
+        elif settings.parent:
             parent = find_parent(self.run, self.config, stage=self.stage, checkpointer=self.checkpointer)
             self.open_data(start=self.recalled(parent))
             self.checkpointer.load_weights(parent)
-            self.metrics.event("stage_start", init_from=init_from, path=parent.path.name)
+            self.metrics.event("stage_start", init_from=settings.parent, path=parent.path.name)
         else:
             self.open_data(start={})
             self.metrics.event("stage_start", init_from=None)

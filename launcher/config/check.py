@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 from launcher.config.check_layout import LAYOUT_RULES
 from launcher.config.check_mixture import check_mixtures
@@ -145,20 +146,24 @@ def check_stage(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
 
 
 def check_start(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
-    """`init_from`: an earlier stage, of no longer sequences."""
+    """`init_from`: an earlier stage, of no longer sequences; or a folder, which is looked into when the run is launched
+    (launcher/plan/foreign.py): a stage that has begun has no use for it any more."""
     settings, names = stage.stage, config.run.stages
-    if settings.init_from is None or settings.name not in names:
+    if settings.folder and not Path(settings.folder).is_absolute():
+        rule = "a run is gone on with from other folders and on other machines: the path is an absolute one"
+        fix = f"stage.init_from={Path(settings.folder).expanduser().resolve()}"
+        yield Problem("stage.init_from", repr(settings.folder), rule, fix)
+    if settings.parent is None or settings.name not in names:
         return
     earlier = names[: names.index(settings.name)]
-    if settings.init_from not in earlier:
+    if settings.parent not in earlier:
         rule = f"it must name a stage before {settings.name} in run.stages ({', '.join(earlier) or 'there is none'})"
-        yield Problem(
-            "stage.init_from", repr(settings.init_from), rule, f"stage.init_from={earlier[-1] if earlier else 'null'}"
-        )
-    elif settings.init_from in config.stage_names:
-        before = config.stage(settings.init_from).stage.seq_length
+        fix = f"stage.init_from={earlier[-1] if earlier else 'null'}, or the path of a Hugging Face folder"
+        yield Problem("stage.init_from", repr(settings.parent), rule, fix)
+    elif settings.parent in config.stage_names:
+        before = config.stage(settings.parent).stage.seq_length
         if settings.seq_length < before:
-            rule = f"it must not be shorter than in {settings.init_from} ({before}), which it starts from"
+            rule = f"it must not be shorter than in {settings.parent} ({before}), which it starts from"
             yield Problem("stage.seq_length", str(settings.seq_length), rule, f"use {before} or more")
 
 

@@ -103,7 +103,7 @@ def check_identity(config: RunConfig) -> Iterator[Found]:
 
 def check_replays(config: RunConfig) -> Iterator[Found]:
     for stage in config.stages:
-        tokens, parent = stage.stage.replay_from_tokens, stage.stage.init_from
+        tokens, parent = stage.stage.replay_from_tokens, stage.stage.parent
         if tokens is None:
             continue
         if parent is None:

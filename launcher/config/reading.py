@@ -88,7 +88,7 @@ def stage_uses(config: RunConfig, *, sizes: Sizes, tables: Tables, samples: Mapp
             rows=tables[stage.stage.name],
             sources=stage.mixture.sources,
             cuts=_cuts(stage, config=config, sizes=sizes),
-            init_from=stage.stage.init_from,
+            init_from=stage.stage.parent,
             replay_sample=replay_sample(stage, config=config),
         )
         for stage in stages
@@ -108,7 +108,7 @@ def _cuts(stage: StageConfig, *, config: RunConfig, sizes: Sizes) -> dict[str, C
 
 def replay_sample(stage: StageConfig, *, config: RunConfig) -> int | None:
     """The sample of the stage it starts from at which recall begins again; None where the sources go on."""
-    tokens, parent = stage.stage.replay_from_tokens, stage.stage.init_from
+    tokens, parent = stage.stage.replay_from_tokens, stage.stage.parent
     if tokens is None or parent not in config.stage_names:
         return None
     return math.ceil(tokens / config.stage(parent).stage.seq_length)

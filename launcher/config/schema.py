@@ -17,6 +17,8 @@ from launcher.config.monitoring import Monitor
 
 SCHEMA_VERSION = 6
 
+# A stage's name, or a path: a value with a slash in it, or that begins with one of "~" and ".".
+Start = Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]{0,99}|[~.].*|[^\n]*/[^\n]*)$")]
 Probability = Annotated[Float, Field(ge=0.0, lt=1.0)]
 
 
@@ -102,7 +104,8 @@ class RampupBatchSize:
 
 @dataclass(config=STRICT, frozen=True)
 class StageSettings:
-    """What is trained: sequence length, batch (in sequences), token horizon, RoPE base, and the stage it starts from.
+    """What is trained: sequence length, batch (in sequences), token horizon, RoPE base, and what it starts from: a stage by its
+    name, a Hugging Face folder by its path, or nothing.
 
     Sources that the stage `init_from` read go on where it stopped or, with `replay_from_tokens`, where they stood at that
     token of it. `reset_attention_mask`: no attention across documents; `reset_position_ids` goes with it; `eod_mask_loss`:
@@ -116,7 +119,7 @@ class StageSettings:
     rampup_batch_size: RampupBatchSize | None
     tokens: Positive
     rotary_base: PositiveInt
-    init_from: Name | None
+    init_from: Start | None
     replay_from_tokens: NonNegative | None
     reset_attention_mask: bool
     reset_position_ids: bool
@@ -129,6 +132,16 @@ class StageSettings:
     def num_samples(self) -> int:
         """Sequences the stage lasts: the token horizon, rounded up to a whole one."""
         return math.ceil(self.tokens / self.seq_length)
+
+    @property
+    def parent(self) -> str | None:
+        """The stage it starts from, where it starts from one."""
+        return None if self.folder else self.init_from
+
+    @property
+    def folder(self) -> str | None:
+        """The Hugging Face folder it starts from, where it starts from one."""
+        return self.init_from if self.init_from and ("/" in self.init_from or self.init_from[0] in "~.") else None
 
 
 @dataclass(config=STRICT, frozen=True)

@@ -16,7 +16,9 @@ from typing import Any
 
 from launcher.config.errors import ConfigError, Problem
 from launcher.config.schema import RunConfig
+from launcher.config.validate import merge_over_stages
 from launcher.jobs.hang import HangWatch
+from launcher.plan.foreign import check_folder
 from launcher.plan.stage import plan_stage
 from launcher.report.live import LiveView
 from launcher.rundir.checkpoints import newest_checkpoint, stage_end, undo_replacing
@@ -189,10 +191,20 @@ def how_it_ended(run: RunDir, stage: str, *, skip: int, code: int) -> tuple[Exit
 
 def refuse_headless(run: RunDir, config: RunConfig) -> None:
     """ConfigError, before the run directory is touched, where a selected stage starts from one that is neither selected before
-    it nor trained to an end in this run."""
+    it nor trained to an end in this run, or from a folder that the run cannot go on from."""
+    refuse_folders(run, config)
     for stage in config.stages:
-        parent = stage.stage.init_from
+        parent = stage.stage.parent
         if parent is None or parent in config.stage_names or newest_checkpoint(run, parent, finished=True)[0]:
             continue
         rule = f"stage {stage.stage.name} starts from the end of {parent}, which run {run.name} has not trained"
         raise ConfigError(Problem("stage.init_from", repr(parent), rule, f"train stage={parent} first, or all stages at once"))
+
+
+def refuse_folders(run: RunDir, config: RunConfig) -> None:
+    """ConfigError with everything that is wrong with Hugging Face folders that stages are to start from. Those that have begun
+    have read theirs."""
+    starts = [stage for stage in config.stages if stage.stage.folder and not newest_checkpoint(run, stage.stage.name)[0]]
+    found = [(stage.stage.name, problem) for stage in starts for problem in check_folder(stage, config=config)[1]]
+    if found:
+        raise ConfigError(*merge_over_stages(found, names=config.stage_names))

@@ -165,7 +165,7 @@ def refuse_moved_end(run: RunDir, *, frozen: RunConfig, changes: Changes) -> Non
     the successor's weights."""
     moved = {path.split(".")[1]: (old, new) for path, old, new in changes.amended if STAGE_TOKENS.match(path)}
     for child in frozen.stages:
-        parent, begun = child.stage.init_from, (run.checkpoints(child.stage.name) / "index.jsonl").exists()
+        parent, begun = child.stage.parent, (run.checkpoints(child.stage.name) / "index.jsonl").exists()
         if parent in moved and begun:
             old, new = moved[parent]
             found = f"{run.root}: stages.{parent}.stage.tokens is {old:g}, asked for {new:g}"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from launcher.config.schema import RunConfig
 from launcher.jobs import local
-from launcher.jobs.stages import stage_is_done
+from launcher.jobs.stages import refuse_headless, stage_is_done
 from launcher.jobs.submission import at_home, check_submission, submit
 from launcher.plan.planner import check_fits
 from launcher.plan.preflight import check_data_ready
@@ -35,5 +35,6 @@ def resume_here(run: RunDir, *, config: RunConfig) -> ExitClass:
         return ExitClass.DONE
     check_fits(config)
     check_key_file(config)
+    refuse_headless(run, config)
     prepared = check_data_ready(config)
     return local.train(open_run(config, prepared=prepared, on_change=print), config)

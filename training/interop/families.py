@@ -1,11 +1,11 @@
-"""Names and shapes of the Hugging Face families Phidias exports to: one entry a family.
+"""Hugging Face's families beside Megatron's model, both ways. What a family calls its tensors is one entry of
+launcher/plan/foreign.py, which reads without torch; how Megatron fuses them is here.
 
 Megatron fuses Q, K and V by query group, [G, (N/G + 2), D, H]: the group's query heads, its key, its value. Its first MLP layer
 is [gate; up] for SwiGLU. Rotary embeddings rotate halves on both sides.
 Shapes: L layers, N query heads, G query groups, D head size, H hidden, F FFN.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,26 @@ import torch
 from torch import Tensor
 
 from launcher.config.schema import ModelConfig, StageSettings
+from launcher.plan.foreign import FAMILY_NAMES, FamilyNames, bias_of, split_rows
+
+QKV, FC1 = "self_attention.linear_qkv", "mlp.linear_fc1.weight"
+# Megatron's names and those that Llama and its descendants share.
+WHOLE = {
+    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+    "decoder.final_layernorm.weight": "model.norm.weight",
+    "output_layer.weight": "lm_head.weight",
+}
+LAYER = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
+    "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
+    "mlp.linear_fc2.weight": "mlp.down_proj.weight",
+}
+# Checkpoints, and models on transformer-engine, name a norm by the product it comes before; models on the CPU have it apart.
+NORMS = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
 
 
 @dataclass(frozen=True)
@@ -26,11 +46,39 @@ class TokenIds:
 
 @dataclass(frozen=True)
 class Family:
-    """`layer` maps a layer's Megatron tensors, by their names inside the layer, to Hugging Face's names inside the layer."""
+    """A layer's Megatron tensors, by their names inside the layer, as Hugging Face's: `layer` takes them apart, `rows` says
+    where they come from."""
 
-    architecture: str
-    model_type: str
-    layer: Callable[[dict[str, Tensor], ModelConfig], dict[str, Tensor]]
+    names: FamilyNames
+
+    def layer(self, layer: dict[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+        """All tensors of a layer under Hugging Face's names inside it."""
+        found = {theirs: layer[ours] for ours, theirs in LAYER.items()}
+        found |= self.apart(self.names.qkv, torch.cat(split_qkv(layer[f"{QKV}.weight"], model)), model=model)
+        if self.names.qkv_bias:
+            biases = tuple(bias_of(name) for name in self.names.qkv)
+            found |= self.apart(biases, torch.cat(split_qkv(layer[f"{QKV}.bias"], model)), model=model)
+        return found | dict(zip(self.names.gate_up, layer[FC1].chunk(len(self.names.gate_up)), strict=True))
+
+    def apart(self, names: tuple[str, ...], rows: Tensor, *, model: ModelConfig) -> dict[str, Tensor]:
+        size = model.kv_channels
+        sizes = [n * size for n in (model.num_attention_heads, model.num_query_groups, model.num_query_groups)]
+        return dict(zip(names, rows.split(split_rows(tuple(sizes), parts=len(names))), strict=True))
+
+    def rows(self, name: str, *, num_rows: int, model: ModelConfig) -> tuple[tuple[str, ...], Tensor]:
+        """Where a parameter comes from, by its name in the whole model: Hugging Face's tensors, and for each of its rows the
+        row of them laid end to end. The inverse of `layer`, by what that makes of the numbers of rows."""
+        rows = torch.arange(num_rows)
+        if name in WHOLE:
+            return (WHOLE[name],), rows
+        _, _, index, inner = name.split(".", 3)
+        inner = NORMS.get(inner, inner)
+        if inner.startswith(f"{QKV}.") and inner not in LAYER:
+            names = self.names.qkv if inner.endswith("weight") else tuple(bias_of(weight) for weight in self.names.qkv)
+            rows = torch.cat(split_qkv(rows, model)).argsort()
+        else:
+            names = self.names.gate_up if inner == FC1 else (LAYER[inner],)
+        return tuple(f"model.layers.{index}.{name}" for name in names), rows
 
 
 def split_qkv(qkv: Tensor, model: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,44 +89,12 @@ def split_qkv(qkv: Tensor, model: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
     return query.flatten(0, 2), key.flatten(0, 2), value.flatten(0, 2)
 
 
-def common_layer(layer: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What Llama and its descendants name alike."""
-    return {
-        "input_layernorm.weight": layer["self_attention.linear_qkv.layer_norm_weight"],
-        "self_attn.o_proj.weight": layer["self_attention.linear_proj.weight"],
-        "post_attention_layernorm.weight": layer["mlp.linear_fc1.layer_norm_weight"],
-        "mlp.down_proj.weight": layer["mlp.linear_fc2.weight"],
-    }
-
-
-def phi3_layer(layer: dict[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
-    return common_layer(layer) | {
-        "self_attn.qkv_proj.weight": torch.cat(split_qkv(layer["self_attention.linear_qkv.weight"], model)),
-        "mlp.gate_up_proj.weight": layer["mlp.linear_fc1.weight"],
-    }
-
-
-def llama_layer(layer: dict[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
-    query, key, value = split_qkv(layer["self_attention.linear_qkv.weight"], model)
-    gate, up = layer["mlp.linear_fc1.weight"].chunk(2)
-    return common_layer(layer) | {
-        "self_attn.q_proj.weight": query,
-        "self_attn.k_proj.weight": key,
-        "self_attn.v_proj.weight": value,
-        "mlp.gate_proj.weight": gate,
-        "mlp.up_proj.weight": up,
-    }
-
-
-FAMILIES = {
-    "phi3": Family("Phi3ForCausalLM", "phi3", phi3_layer),
-    "llama": Family("LlamaForCausalLM", "llama", llama_layer),
-}
+FAMILIES = {name: Family(names) for name, names in FAMILY_NAMES.items()}
 
 
 def hf_config(model: ModelConfig, *, stage: StageSettings, ids: TokenIds, dtype: str) -> dict[str, Any]:
     """config.json. `vocab_size` is the padded one: the weights hold that many rows."""
-    family = FAMILIES[model.family]
+    family = FAMILIES[model.family].names
     return {
         "architectures": [family.architecture],
         "model_type": family.model_type,
