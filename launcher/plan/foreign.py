@@ -315,7 +315,7 @@ def check_rotary(folder: Folder, *, stage: StageConfig) -> Iterator[Problem]:
     if base != settings.rotary_base and not is_raised:
         fix = f"stage.rotary_base={int(base)}" if isinstance(base, float | int) and base == int(base) else ANOTHER
         rule = (
-            f"{folder.path} has rope_theta {base}; it may be raised where sequences become longer than max_position_embeddings"
+            f"{folder.path} has rope_theta {base}; it may be raised where sequences outgrow max_position_embeddings"
         )
         yield Problem("stage.rotary_base", str(settings.rotary_base), rule, fix)
     window = said.get("sliding_window") if said.get("use_sliding_window", True) else None
