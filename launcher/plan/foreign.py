@@ -314,9 +314,7 @@ def check_rotary(folder: Folder, *, stage: StageConfig) -> Iterator[Problem]:
     is_raised = isinstance(known, int) and settings.seq_length > known and base < settings.rotary_base
     if base != settings.rotary_base and not is_raised:
         fix = f"stage.rotary_base={int(base)}" if isinstance(base, float | int) and base == int(base) else ANOTHER
-        rule = (
-            f"{folder.path} has rope_theta {base}; it may be raised where sequences outgrow max_position_embeddings"
-        )
+        rule = f"{folder.path} has rope_theta {base}; it may be raised where sequences outgrow max_position_embeddings"
         yield Problem("stage.rotary_base", str(settings.rotary_base), rule, fix)
     window = said.get("sliding_window") if said.get("use_sliding_window", True) else None
     if isinstance(window, int) and window < settings.seq_length:
