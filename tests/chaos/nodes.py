@@ -10,7 +10,7 @@ from tests.endtoend.workspace import Workspace
 from tests.slurm.lab import SlurmLab
 from tests.slurm.training import submit, workspace_of_slurm
 
-NUM_NODES, STEPS_PER_FAULT = 3, 150
+NUM_NODES, STEPS_PER_FAULT = 3, 60
 POWER_OFF = "node down"
 
 

@@ -118,6 +118,7 @@ def exposure(run: Workspace, *words: str) -> str:
     return run.config("exposure", "out=json", "data.length_buckets=[256]", *words)
 
 
+@slow
 def test_a_longer_horizon_moves_nothing(prepared: Workspace, straight: Workspace) -> None:
     run = prepared.named("extended")
     train(run, "stage=small", "stage.tokens=10240")
@@ -127,12 +128,14 @@ def test_a_longer_horizon_moves_nothing(prepared: Workspace, straight: Workspace
     assert not run.events("phase")
 
 
+@slow
 def test_a_source_that_was_read_stays_described(prepared: Workspace) -> None:
     run = prepared.named("extended")
     said = train(run, "stage=small", "~mixture.sources.notes", "mixture.sources.prose.share=1.0", code=3)
     assert "reads notes, which the mixture no longer describes" in said and "mixture.sources.notes.share=0" in said
 
 
+@slow
 def test_a_curriculum_with_tokens_epochs_and_a_bucket(prepared: Workspace) -> None:
     """Phases of YAML, kept through a stop; amounts come out to the sample; the bucket is packed, and masks hold under PP2."""
     run = prepared.named("curriculum")
@@ -153,6 +156,7 @@ def test_a_curriculum_with_tokens_epochs_and_a_bucket(prepared: Workspace) -> No
     assert rows["notes"]["epochs"] == pytest.approx(rows["long_notes"]["epochs"]), "of the documents in both"
 
 
+@slow
 def test_a_phase_in_the_past_is_refused(prepared: Workspace) -> None:
     run = prepared.named("curriculum")
     text = CURRICULUM.replace("start_tokens: 12288", "start_tokens: 6144").format(root=prepared.root)
@@ -164,6 +168,7 @@ def test_a_phase_in_the_past_is_refused(prepared: Workspace) -> None:
     assert (run.run_dir / "order.json").read_bytes() == before
 
 
+@slow
 def test_midtraining_replays_from_a_stated_token(prepared: Workspace, straight: Workspace) -> None:
     """Recall from token 4,096 of pretraining on: at another length from the first group border after that point. The same run
     without it would go on where pretraining stopped."""
@@ -179,6 +184,7 @@ def test_midtraining_replays_from_a_stated_token(prepared: Workspace, straight: 
     assert set(skipped) <= set(rows) and all(row["tokens_read"] == row["tokens"] for row in rows.values())
 
 
+@slow
 def test_a_ramp_grows_the_batch_and_reads_the_same(prepared: Workspace, straight: Workspace) -> None:
     run = prepared.named("ramp")
     train(run, "stage=small", "++stage.rampup_batch_size={start: 4, increment: 4, tokens: 4096}")

@@ -121,6 +121,7 @@ def test_midtraining_without_pretraining_is_refused(prepared: Workspace) -> None
     assert not (prepared.root / "runs" / "headless").exists()
 
 
+@slow
 def test_export_without_a_checkpoint_is_refused(prepared: Workspace) -> None:
     """A run that was opened and has not saved yet."""
     early = prepared.named("early")
@@ -164,6 +165,7 @@ def index_lines(run: Path) -> list[str]:
     return (run / "checkpoints" / "small" / "index.jsonl").read_text().splitlines(keepends=True)
 
 
+@slow
 def test_shards_that_megatron_wrote_are_taken_over(prepared: Workspace) -> None:
     """Shards without a manifest are refused by `data` with the way out, imported, left alone, and trained on."""
     data = prepared.root / "imported"

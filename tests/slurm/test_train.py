@@ -25,7 +25,7 @@ def workspace(tmp_path_factory):
     return made
 
 
-def test_two_nodes_train_as_if_nothing_had_happened(slurm, workspace):
+def test_two_nodes_train_as_if_nothing_had_happened(slow, slurm, workspace):
     whole = workspace.named("whole")
     (job,) = slurm.wait(submit(slurm, whole), "COMPLETED", timeout=STARTED_S)
     assert job.exit_code == 0

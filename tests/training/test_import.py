@@ -18,6 +18,7 @@ from torch import Tensor
 from launcher.config.schema import ModelConfig
 from launcher.plan.foreign import Folder, check_folder, read_folder
 from launcher.rundir.checkpoints import CheckpointError
+from tests.slow import slow
 from tests.training.shards import write_sources
 from tests.training.test_interop import RandomWeights, write_folder
 from tests.training.tiny import run_config, stage_config
@@ -174,6 +175,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
+@slow
 @pytest.mark.parametrize("layout", ["one", "tp2_sp", "pp2_vpp2", "dp2_overlap", "dp2:bf16"])
 def test_every_rank_holds_its_part(layout: str, imported: dict[str, Any]) -> None:
     """As Megatron cuts its own checkpoints, which the import does not look at."""
@@ -186,6 +188,7 @@ def test_every_rank_holds_its_part(layout: str, imported: dict[str, Any]) -> Non
     assert imported[layout]["loss"][0] > 2 * math.log(250)  # not those of a model as it is first drawn
 
 
+@slow
 def test_the_run_says_where_it_came_from(imported: dict[str, Any]) -> None:
     event = imported["one"]["event"]
     assert event["kind"] == "stage_start" and event["init_from"].endswith("/folder")
