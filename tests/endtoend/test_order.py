@@ -212,6 +212,7 @@ def test_plain_reads_read_the_same(prepared: Workspace, straight: Workspace) -> 
     assert len(read) == 80 and all(before[sample] == window for sample, window in read.items())
 
 
+@slow
 def test_a_shard_replaced_since_the_launch_is_refused_until_it_is_verified(prepared: Workspace) -> None:
     run = prepared.named("shard")
     train(run, "stage=small", "stage.tokens=5120")

@@ -81,7 +81,7 @@ def test_help_of_a_config_verb_names_its_options(phidias):
 
 def test_help_of_a_config_verb_lists_groups_and_keys(phidias):
     _, out, _ = phidias("plan", "--help")
-    assert "model: demo, llama3_8b, phi4_14b, phi_1b, phi_7b" in out and "num_layers: 4" in out
+    assert "model: demo, llama3_8b, phi4_14b, phi_100m" in out and "num_layers: 4" in out
 
 
 def test_unknown_verb(phidias):
@@ -181,11 +181,15 @@ def test_a_sweep_goes_on_after_a_refusal(phidias):
     assert code == 2 and len(out.splitlines()) == 1 and "must divide model.num_layers (3)" in err
 
 
+SIZES = ("100m", "14b", "200m", "3b", "400m", "7b")
+RUNS = ("ablation", "demo", "phi4", "series", *(f"series_{size}" for size in SIZES))
+
+
 @pytest.mark.parametrize(
     ("line", "found"),
     [
-        ("phidias plan run=", ["run=ablation", "run=demo", "run=phi4"]),
-        ("phidias plan model=phi", ["model=phi4_14b", "model=phi_1b", "model=phi_7b"]),
+        ("phidias plan run=", [f"run={name}" for name in RUNS]),
+        ("phidias plan model=phi4", ["model=phi4_14b"]),
         ("phidias train stage.seq", ["stage.seq_length="]),
         ("phidias pl", list(VERBS)),
         ("phidias status de", []),

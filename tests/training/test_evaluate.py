@@ -268,7 +268,7 @@ def test_an_export_of_another_step_is_said_and_not_compared(copy: RunDir) -> Non
     (["tiny", "stage=midtrain"], 2, "stage: found 'midtrain'; run tiny has pretrain. Fix: stage=pretrain"),
     (["tiny", "other"], 2, "this verb takes one run"),
     (["tinny"], 3, "did you mean tiny?"),
-    (["tiny", "prompt=x"], 2, "stage=, runs_dir="),
+    (["tiny", "prompt=x"], 2, "stage=, long_context=, runs_dir="),
 ])  # fmt: skip
 def test_words_that_are_refused(
     words: list[str], code: int, message: str, copy: RunDir, capsys: pytest.CaptureFixture[str]
