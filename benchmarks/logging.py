@@ -46,7 +46,9 @@ def of_ranks(out: Path) -> None:
 
     import torch
     import torch.distributed as dist
+    import yaml  # type: ignore[import-untyped]
 
+    from launcher.config.validate import dump_run
     from launcher.plan.stage import plan_stage
     from launcher.rundir.paths import RunDir
     from tests.training.test_step import batch_of
@@ -99,6 +101,7 @@ def of_ranks(out: Path) -> None:
             run = RunDir(out.parent / "runs" / name)
             run.root.mkdir(parents=True)
             sunk = run_config(out.parent, ranks=2, monitor=monitor)
+            run.config.write_text(yaml.safe_dump(dump_run(sunk)))  # W&B's process reads it
             figures[name] = of_rows(Metrics(run, sunk, stage="pretrain", plan=plan, is_writer=True), fields=fields)
         a_row = sum(figures[name] for name in ("weights and gradients looked at, ms", "pace of the ranks, ms"))
         part = (a_row + figures["row with W&B offline, ms"]["in the step"]) / 1e3 / STEP_S

@@ -31,8 +31,8 @@ from launcher.rundir.paths import RunDir
 STEPS, SOURCES, FAULTS, CHECKPOINTS, VALIDATIONS = 400_000, 20, 30, 1_200, 800
 BEGAN = 1_790_000_000.0
 PROCESS = "import sys; from pathlib import Path; from launcher.rundir.paths import RunDir; from launcher.report.page import {0}"
-WRITES = f"{PROCESS.format('write_report')}; write_report(RunDir(Path(sys.argv[1])))"
-IMPORTS = PROCESS.format("write_report")
+WRITES = f"{PROCESS.format('make_report')}; make_report(RunDir(Path(sys.argv[1])))"
+IMPORTS = PROCESS.format("make_report")
 
 
 def make_run(root: Path) -> RunDir:
