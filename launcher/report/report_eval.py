@@ -56,9 +56,8 @@ def positions_table(positions: Section) -> str:
 
 def position_row(bucket: Section) -> tuple[str, ...]:
     rise, error = bucket["rise"], bucket["rise_error"]
-    is_worse = rise is not None and error is not None and rise > 2 * error
     above, spread = ("", "") if rise is None else (f"{rise:+.3f}", f"{error:.3f}")
-    mark = f'<strong class="over">{RISES}</strong>' if is_worse else ""
+    mark = f'<strong class="over">{RISES}</strong>' if bucket["rises"] else ""
     return f"{bucket['begin']:,} to {bucket['end']:,}", format_number(bucket["loss"]), above, spread, mark
 
 

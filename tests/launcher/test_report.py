@@ -785,8 +785,8 @@ def test_what_eval_measured_is_shown_where_it_was(finished: RunDir, config: RunC
     assert "What was exported" not in page_of(finished)
     stage = config.stage_names[0]
     finished.eval(stage).parent.mkdir()
-    bucket = {"begin": 0, "end": 16, "loss": 2.5, "rise": None, "rise_error": None}
-    later = {"begin": 16, "end": 32, "loss": 2.75, "rise": 0.25, "rise_error": 0.05}
+    bucket = {"begin": 0, "end": 16, "loss": 2.5, "rise": None, "rise_error": None, "rises": False}
+    later = {"begin": 16, "end": 32, "loss": 2.75, "rise": 0.25, "rise_error": 0.05, "rises": True}
     positions = {"documents": {"a": 3, "b": 4}, "reference": 16, "buckets": [bucket, later], "rises": True}
     needles = [{"length": 32, "depth": depth, "trials": 4, "recalled": 1, "gain": 1.5} for depth in (0.0, 0.5)]
     long = {"positions": positions, "needles": needles, "why_not": None}
@@ -797,6 +797,7 @@ def test_what_eval_measured_is_shown_where_it_was(finished: RunDir, config: RunC
     assert "Held-out loss 2.625: agrees with what the run measured." in page
     assert "Loss by position in 7 held-out documents: it rises past 16 tokens." in page
     assert '<td>16 to 32</td><td class="number">2.750</td><td class="number">+0.250</td>' in page
+    assert page.count('<strong class="over">rises</strong>') == 1
     assert '<td class="number">25.0% <small>+1.5</small></td>' in page
     finished.eval(stage).write_text("[")
     assert "What was exported" not in page_of(finished)

@@ -308,6 +308,7 @@ def test_loss_by_position_is_that_of_the_documents_alone(exported: RunDir) -> No
     assert first.loss == pytest.approx(float(table[:, :16].mean()), rel=1e-5)
     assert second.rise == pytest.approx(float(table[:, 16:].mean() - table[:, :16].mean()), abs=1e-5)
     section = read_json(exported.eval(STAGE))["long_context"]
+    assert [bucket["rises"] for bucket in section["positions"]["buckets"]] == [False, second.rises]
     assert section["positions"]["rises"] is found.positions.rises and section["needles"] == []
 
 

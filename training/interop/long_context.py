@@ -67,7 +67,8 @@ class Positions:
         return any(bucket.rises for bucket in self.buckets)
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "rises": self.rises}
+        buckets = [asdict(bucket) | {"rises": bucket.rises} for bucket in self.buckets]
+        return {**asdict(self), "buckets": buckets, "rises": self.rises}
 
 
 @dataclass(frozen=True)
