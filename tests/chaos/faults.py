@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -67,8 +68,9 @@ def fill_disk(storm: Storm) -> None:
     sizes = [path.stat().st_size for name in EVERY_STEP if (path := storm.run_dir / name).exists()]
     for rank in storm.ranks():
         for pid in (rank.pid, *descendants(rank.pid)):
-            _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
-            resource.prlimit(pid, resource.RLIMIT_FSIZE, (max(sizes) + LIMIT_BYTES, hard))
+            with suppress(ProcessLookupError):  # a writer ends when it has written
+                _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, (max(sizes) + LIMIT_BYTES, hard))
 
 
 Damage = Callable[[Path, Storm], None]
