@@ -30,7 +30,7 @@ def other_problems(config: RunConfig) -> Iterator[Found]:
         yield None, problem
     for problem in (*check_family(config.model), *check_after(config), *check_stage_list(config)):
         yield None, problem
-    yield from over_stages(config, rules=(check_stage, check_start, check_masks, check_optim, *PRECISION_RULES))
+    yield from over_stages(config, rules=(check_stage, check_start, check_masks, check_rope, check_optim, *PRECISION_RULES))
     yield from check_mixtures(config)
 
 
@@ -56,6 +56,10 @@ def check_model(model: ModelConfig) -> Iterator[Problem]:
 
 
 def check_after(config: RunConfig) -> Iterator[Problem]:
+    for name in config.run.after_stages:
+        if name not in config.run.stages:
+            rule = f"run.after follows stages of the run ({', '.join(config.run.stages)})"
+            yield Problem("run.after_stages", name, rule, "one of them, or [] for the last")
     if "eval" in config.run.after and "export" not in config.run.after:
         yield Problem("run.after", "[eval]", "eval reads what export wrote", "run.after=[export,eval]")
 
@@ -183,6 +187,27 @@ def check_masks(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
         yield Problem("layout.cp_comm_type", "all_gather", rule, "p2p, or stage.reset_attention_mask=false")
 
 
+def check_rope(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
+    scaling, model, length = stage.stage.rope_scaling, config.model, stage.stage.seq_length
+    if scaling is None:
+        return
+    betas = (scaling.beta_fast, scaling.beta_slow)
+    if scaling.rope_type == "linear" and any(beta is not None for beta in betas):
+        rule = "position interpolation treats all frequencies alike"
+        yield Problem("stage.rope_scaling.beta_fast", str(betas), rule, "beta_fast=null beta_slow=null")
+    if scaling.rope_type == "yarn" and not (scaling.beta_fast or 0.0) > (scaling.beta_slow or math.inf):
+        rule = "YaRN goes from one to the other: beta_fast is the larger"
+        yield Problem("stage.rope_scaling.beta_fast", str(betas), rule, "beta_fast=32 beta_slow=1, the paper's")
+    reach = scaling.factor * scaling.original_max_position_embeddings
+    if length > reach:
+        rule = f"factor * original_max_position_embeddings reaches {reach:g} positions, less than stage.seq_length"
+        fix = f"factor={math.ceil(length / scaling.original_max_position_embeddings)}"
+        yield Problem("stage.rope_scaling.factor", f"{scaling.factor:g}", rule, fix)
+    if model.family == "phi3":
+        rule = "transformers' Phi3 knows only the default rotary embedding and longrope: the run could not be exported as it"
+        yield Problem("stage.rope_scaling", scaling.rope_type, rule, "model.family=llama, which has the same layers, or null")
+
+
 def check_optim(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
     optim = stage.optim
     seq_length = stage.stage.seq_length
@@ -192,6 +217,9 @@ def check_optim(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
     if optim.min_lr > optim.lr:
         rule = f"the schedule falls from optim.lr ({optim.lr:g}) to it"
         yield Problem("optim.min_lr", f"{optim.min_lr:g}", rule, f"use at most {optim.lr:g}")
+    if optim.keep_moments and (stage.stage.init_from is None or stage.stage.folder):
+        rule = "moments are kept of a stage of this run: stage.init_from names none"
+        yield Problem("optim.keep_moments", "true", rule, "false")
 
 
 def divisors(number: int) -> str:

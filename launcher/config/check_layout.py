@@ -164,6 +164,45 @@ def check_overlap(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]
             yield Problem("layout.overlap_param_gather", "true", rule, f"layout.{needed}=true, or overlap_param_gather=false")
 
 
+def check_graphs(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
+    """A CUDA graph of a layer replays the same kernels on tensors of the same shapes."""
+    layout, fix = stage.layout, "layout.cuda_graph_impl=none"
+    if layout.cuda_graph_impl == "none":
+        return
+    refused = {
+        f"cluster {config.cluster.name} is CPU ranks": config.cluster.gpu is None,
+        "Megatron captures no layer whose activations are kept on the host (cpu_offloading_num_layers)": bool(
+            layout.cpu_offloading_num_layers
+        ),
+        "Megatron captures no layer that is wholly computed again (recompute full)": layout.recompute == "full",
+        "rows of documents kept apart (reset_attention_mask) differ from one micro batch to the next": bool(
+            stage.stage.reset_attention_mask
+        ),
+    }
+    for rule, applies in refused.items():
+        if applies:
+            yield Problem("layout.cuda_graph_impl", layout.cuda_graph_impl, rule, fix)
+
+
+def check_offloading(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
+    """transformer-engine copies activations of a rank's first layers to host memory and back (Megatron's cpu_offloading)."""
+    layout = stage.layout
+    if not layout.cpu_offloading_num_layers:
+        return
+    found, fix = str(layout.cpu_offloading_num_layers), "layout.cpu_offloading_num_layers=0"
+    refused = {
+        f"cluster {config.cluster.name} is CPU ranks": config.cluster.gpu is None,
+        f"it must be less than model.num_layers ({config.model.num_layers})": (
+            layout.cpu_offloading_num_layers >= config.model.num_layers
+        ),
+        "Megatron offloads without a pipeline only (layout.pp)": layout.pp > 1,
+        "Megatron offloads or computes again, not both (layout.recompute)": layout.recompute != "none",
+    }
+    for rule, applies in refused.items():
+        if applies:
+            yield Problem("layout.cpu_offloading_num_layers", found, rule, fix)
+
+
 def _divisors(number: int) -> str:
     found = [str(n) for n in range(1, number + 1) if number % n == 0]
     return ", ".join(found[:12]) + (", ..." if len(found) > 12 else "")
@@ -178,4 +217,6 @@ LAYOUT_RULES: tuple[Callable[..., Iterator[Problem]], ...] = (
     check_all_to_all,
     check_recompute,
     check_overlap,
+    check_graphs,
+    check_offloading,
 )

@@ -56,6 +56,19 @@ def check_fp8_recipe(stage: StageConfig, *, config: RunConfig) -> Iterator[Probl
         yield Problem("precision.fp8", recipe, rule, fix)
 
 
+def check_moments(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
+    """Moments in bf16 are kept and updated by transformer-engine's FusedAdam (Megatron's precision-aware optimizer)."""
+    if stage.precision.moments_dtype == "fp32":
+        return
+    found, fix = stage.precision.moments_dtype, "precision.moments_dtype=fp32"
+    if config.cluster.gpu is None:
+        rule = f"transformer-engine's optimizer keeps them so, and cluster {config.cluster.name} is CPU ranks"
+        yield Problem("precision.moments_dtype", found, rule, fix)
+    if not stage.layout.distributed_optimizer:
+        rule = "Megatron's precision-aware optimizer is a distributed optimizer"
+        yield Problem("precision.moments_dtype", found, rule, f"{fix}, or layout.distributed_optimizer=true")
+
+
 def check_fp8_shapes(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
     """FP8 GEMMs take dimensions in multiples of 16 (transformer-engine); blockwise scales cover 128 values."""
     layout, recipe = stage.layout, stage.precision.fp8
@@ -85,4 +98,5 @@ PRECISION_RULES: tuple[Callable[..., Iterator[Problem]], ...] = (
     check_fp8_device,
     check_fp8_recipe,
     check_fp8_shapes,
+    check_moments,
 )

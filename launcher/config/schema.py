@@ -15,7 +15,7 @@ from data_prep.spec import STRICT, DataSettings, Float, Int, Mixture, Positive, 
 from launcher.config.hardware import Hardware, Name, NonNegative
 from launcher.config.monitoring import Monitor
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 
 # A stage's name, or a path: a value with a slash in it, or that begins with one of "~" and ".".
 Start = Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]{0,99}|[~.].*|[^\n]*/[^\n]*)$")]
@@ -23,9 +23,21 @@ Probability = Annotated[Float, Field(ge=0.0, lt=1.0)]
 
 
 @dataclass(config=STRICT, frozen=True)
+class Evaluation:
+    """What `phidias eval` scores beside held-out loss: tasks of lm-evaluation-harness by name, its own or those of the YAML
+    files in `task_dir`. `num_fewshot` and `limit` (documents a task): null takes each task's own number, and all."""
+
+    _: KW_ONLY
+    tasks: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_./-]*$")], ...]
+    task_dir: str | None
+    num_fewshot: Annotated[Int, Field(ge=0)] | None
+    limit: PositiveInt | None
+
+
+@dataclass(config=STRICT, frozen=True)
 class RunSettings:
     """Who the run is. `stages` are stage file names, in the order they are trained; `after`: what `phidias submit` queues
-    behind the last of them."""
+    behind the stages of `after_stages`, or where there are none behind the last."""
 
     _: KW_ONLY
     name: Name
@@ -34,6 +46,8 @@ class RunSettings:
     data_dir: str
     stages: Annotated[tuple[Name, ...], Field(min_length=1)]
     after: tuple[Literal["export", "eval"], ...]
+    after_stages: tuple[Name, ...]
+    evaluation: Evaluation
 
 
 @dataclass(config=STRICT, frozen=True)
@@ -44,7 +58,7 @@ class ModelConfig:
 
     _: KW_ONLY
     name: Name
-    family: Literal["phi3", "llama"] | None
+    family: Literal["phi3", "llama", "qwen2"] | None
     num_layers: PositiveInt
     hidden_size: PositiveInt
     num_attention_heads: PositiveInt
@@ -103,9 +117,24 @@ class RampupBatchSize:
 
 
 @dataclass(config=STRICT, frozen=True)
+class RopeScaling:
+    """How rotary angles are made to reach `factor` times as far as `original_max_position_embeddings`. "linear": every position
+    is divided by the factor (position interpolation, Chen et al. 2023). "yarn": frequencies of fewer than `beta_slow` turns
+    over the original length are, those of more than `beta_fast` are not, and attention is sharpened (Peng et al. 2023, section
+    3). Names are those of transformers; the betas are null where it is linear."""
+
+    _: KW_ONLY
+    rope_type: Literal["linear", "yarn"]
+    factor: Annotated[Float, Field(gt=1.0, allow_inf_nan=False)]
+    original_max_position_embeddings: PositiveInt
+    beta_fast: Positive | None
+    beta_slow: Positive | None
+
+
+@dataclass(config=STRICT, frozen=True)
 class StageSettings:
-    """What is trained: sequence length, batch (in sequences), token horizon, RoPE base, and what it starts from: a stage by its
-    name, a Hugging Face folder by its path, or nothing.
+    """What is trained: sequence length, batch (in sequences), token horizon, RoPE base and scaling, and what it starts from: a
+    stage by its name, a Hugging Face folder or a checkpoint of another run by its path, or nothing.
 
     Sources that the stage `init_from` read go on where it stopped or, with `replay_from_tokens`, where they stood at that
     token of it. `reset_attention_mask`: no attention across documents; `reset_position_ids` goes with it; `eod_mask_loss`:
@@ -119,6 +148,7 @@ class StageSettings:
     rampup_batch_size: RampupBatchSize | None
     tokens: Positive
     rotary_base: PositiveInt
+    rope_scaling: RopeScaling | None
     init_from: Start | None
     replay_from_tokens: NonNegative | None
     reset_attention_mask: bool
@@ -152,7 +182,8 @@ class Layout:
     the loss counted as a layer (`account_for_..._in_pipeline_split`), which makes room for them. `recompute_modules` are what
     `recompute: selective` computes again (not "layernorm": without transformer-engine megatron-core 0.16.1 fails on it, with it
     nothing is gained). `tp_comm_overlap` hides tensor-parallel communication behind GEMMs (transformer-engine's user buffers);
-    it takes effect on GPUs with sequence parallelism."""
+    it takes effect on GPUs with sequence parallelism. The last three are of GPUs alone: each layer's kernels launched as one
+    CUDA graph; so many layers' activations kept in host memory; and whose fused kernel computes the loss."""
 
     _: KW_ONLY
     tp: PositiveInt
@@ -172,6 +203,9 @@ class Layout:
     distributed_optimizer: bool
     overlap_grad_reduce: bool
     overlap_param_gather: bool
+    cuda_graph_impl: Literal["none", "local"]
+    cpu_offloading_num_layers: Annotated[Int, Field(ge=0)]
+    cross_entropy_fusion_impl: Literal["none", "native", "te"]
 
     @property
     def model_parallel_size(self) -> int:
@@ -180,7 +214,8 @@ class Layout:
 
 @dataclass(config=STRICT, frozen=True)
 class Precision:
-    """Compute precision. `fp8` names transformer-engine's recipe; it needs a Hopper GPU and is refused elsewhere."""
+    """Compute precision. `fp8` names transformer-engine's recipe; it needs a Hopper GPU and is refused elsewhere.
+    `moments_dtype` is of both of Adam's moments: bf16 through Megatron's precision-aware optimizer, on GPUs."""
 
     _: KW_ONLY
     name: Name
@@ -192,11 +227,13 @@ class Precision:
     fp8_amax_history_len: PositiveInt
     num_layers_at_start_in_bf16: Annotated[Int, Field(ge=0)]
     num_layers_at_end_in_bf16: Annotated[Int, Field(ge=0)]
+    moments_dtype: Literal["fp32", "bf16"]
 
 
 @dataclass(config=STRICT, frozen=True)
 class Optim:
-    """AdamW. Learning rate rises linearly over `warmup_tokens`, then follows `schedule` to `min_lr` at the stage's end."""
+    """AdamW. Learning rate rises linearly over `warmup_tokens`, then follows `schedule` to `min_lr` at the stage's end.
+    `keep_moments`: those of the stage it starts from, in place of new ones."""
 
     _: KW_ONLY
     lr: Positive
@@ -207,6 +244,7 @@ class Optim:
     betas: tuple[Probability, Probability]
     eps: Positive
     clip_grad: NonNegative
+    keep_moments: bool
 
 
 @dataclass(config=STRICT, frozen=True)
@@ -320,7 +358,7 @@ class RunConfig:
     """The whole frozen config, as `config.yaml` of the run directory holds it. `hardware` is what `cluster.gpu` names."""
 
     _: KW_ONLY
-    schema_version: Literal[6]
+    schema_version: Literal[7]
     run: RunSettings
     model: ModelConfig
     tokenizer: TokenizerSpec

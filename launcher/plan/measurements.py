@@ -28,7 +28,15 @@ from launcher.plan.search import counts_ends
 
 # What a table of speeds does not say and a prediction does not depend on.
 OPTIM = dict(
-    lr=1e-4, min_lr=0.0, warmup_tokens=0.0, schedule="linear", weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8, clip_grad=1.0
+    lr=1e-4,
+    min_lr=0.0,
+    warmup_tokens=0.0,
+    schedule="linear",
+    weight_decay=0.1,
+    betas=(0.9, 0.95),
+    eps=1e-8,
+    clip_grad=1.0,
+    keep_moments=False,
 )
 MIXTURE = {"name": "measured", "sources": {"text": {"inputs": ["measured"], "format": "text", "share": 1.0}}}
 GPUS_PER_NODE, PORT_GB_PER_S, TABLE_MULTIPLE = 8, 50.0, 128
@@ -138,7 +146,7 @@ def layout_of(row: Row) -> Layout:
 def stage_settings(seq_length: int, *, batch: int) -> dict[str, Any]:
     return dict(
         name="measured", seq_length=seq_length, global_batch_size=batch, rampup_batch_size=None,
-        tokens=float(seq_length * batch), rotary_base=10000, init_from=None, replay_from_tokens=None,
+        tokens=float(seq_length * batch), rotary_base=10000, rope_scaling=None, init_from=None, replay_from_tokens=None,
         reset_attention_mask=False, reset_position_ids=False, eod_mask_loss=False, deterministic=False,
         validation=dict(interval_tokens=1e9, max_tokens=seq_length),
         checkpoint=dict(interval_tokens=1e9, keep_last=1, keep_every_tokens=None, keep_best=0, asynchronous=True),

@@ -12,7 +12,7 @@ from launcher.rundir.amend import by_stage_name
 
 # What does not change what is learned, beyond rounding: names, seed, places, machines, watching, saving.
 IGNORED = re.compile(
-    r"run\.(name|seed|runs_dir|data_dir|after|stages)$|tokenizer\.(ranks_file|file)$|cluster$|hardware$|schema_version$"
+    r"run\.(name|seed|runs_dir|data_dir|after|after_stages|evaluation.*|stages)$|tokenizer\.(ranks_file|file)$|cluster$|hardware$|schema_version$"
     r"|monitor\.(log_interval|console|tensorboard|hang|wandb)$|model\.name$"
     r"|data\.(num_workers|num_machines|reader|cache_dir|cache_gib|prefetch_batches|trace|oracle_fraction|dropped_samples)$"
     r"|stages\.[^.]+\.(layout|precision\.name|mixture\.name|stage\.checkpoint|stage\.validation)$"

@@ -16,9 +16,9 @@ ABSENT = "absent"
 # Amounts and phases of a mixture may change: what was read stays, the change is a phase of its own (rundir/order.py).
 FIXED = re.compile(
     r"model\.|run\.seed$|tokenizer\.(kind|eod)$|data\.(chunk_tokens|group_tokens|held_out_fraction|length_buckets)$"
-    r"|stages\.[^.]+\.stage\.(seq_length|rotary_base|init_from|replay_from_tokens)$"
+    r"|stages\.[^.]+\.stage\.(seq_length|rotary_base|rope_scaling.*|init_from|replay_from_tokens)$"
     r"|stages\.[^.]+\.stage\.(reset_attention_mask|reset_position_ids|eod_mask_loss)$"
-    r"|stages\.[^.]+\.layout\.distributed_optimizer$"  # its checkpoints hold the optimizer in another form
+    r"|stages\.[^.]+\.(layout\.distributed_optimizer|precision\.moments_dtype)$"  # its form in checkpoints
     r"|stages\.[^/]+\.mixture\.windows$"
     r"|stages\.[^/]+\.mixture\.sources\..*\.(format|text_field|parent|min_document_tokens|windows)$"
 )

@@ -35,6 +35,7 @@ UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     3: lambda tree: add_planning(tree),
     4: lambda tree: add_launching(tree),
     5: lambda tree: add_health(tree),
+    6: lambda tree: add_kernels(tree),
 }
 STAGE_TOKENS = re.compile(r"stages\.[^.]+\.stage\.tokens$")
 HEADER = "# Frozen by phidias {version}. Ranks read this file; change it by overrides to `phidias train`, not by hand.\n"
@@ -273,6 +274,17 @@ def add_health(tree: dict[str, Any]) -> dict[str, Any]:
         "monitor": {"health": health, **tree["monitor"]},
         "stages": stages,
     }
+
+
+def add_kernels(tree: dict[str, Any]) -> dict[str, Any]:
+    """Schema 6 to 7: kernels, moments, RoPE scaling and tasks before there was a choice."""
+    evaluation: dict[str, Any] = dict(tasks=[], task_dir=None, num_fewshot=None, limit=None)
+    kernels: dict[str, Any] = dict(cuda_graph_impl="none", cpu_offloading_num_layers=0, cross_entropy_fusion_impl="none")
+    defaults: dict[str, dict[str, Any]] = dict(
+        stage=dict(rope_scaling=None), layout=kernels, precision=dict(moments_dtype="fp32"), optim=dict(keep_moments=False)
+    )
+    stages = [{**row, **{name: {**added, **row[name]} for name, added in defaults.items()}} for row in tree["stages"]]
+    return {**tree, "run": {"after_stages": [], "evaluation": evaluation, **tree["run"]}, "stages": stages}
 
 
 def _write(run: RunDir, *, config: RunConfig, prepared: Prepared | None) -> None:

@@ -51,7 +51,7 @@ def test_a_new_run_freezes_config_plan_and_code(demo):
     assert read_json(run.code) == code_version()
     assert read_json(run.code)["packages"].keys() >= {"megatron-core", "torch"}
     assert kinds(run) == ["created"]
-    assert yaml.safe_load(run.config.read_text())["schema_version"] == 6
+    assert yaml.safe_load(run.config.read_text())["schema_version"] == 7
 
 
 def test_the_same_config_again_changes_nothing(demo):
@@ -176,8 +176,8 @@ def test_no_run_a_newer_one_and_an_edited_one(demo, tmp_path):
         read_config(RunDir(tmp_path / "nothing"))
     run = opened(demo())
     text = run.config.read_text()
-    run.config.write_text(text.replace("schema_version: 6", "schema_version: 99"))
-    with pytest.raises(RunStateError, match="schema_version 99; this code reads up to 6"):
+    run.config.write_text(text.replace("schema_version: 7", "schema_version: 99"))
+    with pytest.raises(RunStateError, match="schema_version 99; this code reads up to 7"):
         read_config(run)
     with pytest.raises(RunStateError, match="schema_version 99"):
         opened(demo())

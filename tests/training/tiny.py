@@ -19,16 +19,25 @@ LAYOUT = dict(
     sequence_parallel=False, micro_batch_size=1, recompute="none", recompute_modules=["core_attn"],
     tp_comm_overlap=False, distributed_optimizer=True,
     overlap_grad_reduce=False, overlap_param_gather=False,
+    cuda_graph_impl="none", cpu_offloading_num_layers=0, cross_entropy_fusion_impl="te",
 )  # fmt: skip
 PRECISION = dict(
     name="fp32", params_dtype="fp32", grad_reduce_in_fp32=True, fp8=None, fp8_format=None, fp8_param_gather=False,
-    fp8_amax_history_len=16, num_layers_at_start_in_bf16=0, num_layers_at_end_in_bf16=0,
+    fp8_amax_history_len=16, num_layers_at_start_in_bf16=0, num_layers_at_end_in_bf16=0, moments_dtype="fp32",
 )  # fmt: skip
 OPTIM = dict(
-    lr=3e-3, min_lr=3e-4, warmup_tokens=512.0, schedule="linear", weight_decay=0.1, betas=[0.9, 0.95], eps=1e-8, clip_grad=1.0
+    lr=3e-3,
+    min_lr=3e-4,
+    warmup_tokens=512.0,
+    schedule="linear",
+    weight_decay=0.1,
+    betas=[0.9, 0.95],
+    eps=1e-8,
+    clip_grad=1.0,
+    keep_moments=False,
 )
 STAGE = dict(
-    name="pretrain", seq_length=32, global_batch_size=8, tokens=256 * 6.0, rotary_base=10000, init_from=None,
+    name="pretrain", seq_length=32, global_batch_size=8, tokens=256 * 6.0, rotary_base=10000, rope_scaling=None, init_from=None,
     rampup_batch_size=None, replay_from_tokens=None, reset_attention_mask=False, reset_position_ids=False, eod_mask_loss=False,
     deterministic=False,
     validation=dict(interval_tokens=1e9, max_tokens=256),
@@ -61,10 +70,11 @@ def run_config(root: Path, *, ranks: int = 1, stages: list[dict[str, Any]] | Non
     """A frozen config under `root` with one CPU rank per `ranks`."""
     stages = stages or [stage_config()]
     config = dict(
-        schema_version=6,
+        schema_version=7,
         run=dict(
             name="tiny", seed=7, runs_dir=str(root / "runs"), data_dir=str(root / "data"),
-            stages=[stage["stage"]["name"] for stage in stages], after=[],
+            stages=[stage["stage"]["name"] for stage in stages], after=[], after_stages=[],
+            evaluation=dict(tasks=[], task_dir=None, num_fewshot=None, limit=None),
         ),
         model=MODEL,
         tokenizer=dict(kind="huggingface", ranks_file=None, file=str(root / "tokenizer.json"), eod="<|endoftext|>"),
