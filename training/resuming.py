@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from launcher.config.schema import RunConfig, StageConfig
 from launcher.plan.stage import plan_stage
+from launcher.rundir.ancestor import Ancestor, find_ancestor, place_of
 from launcher.rundir.checkpoints import (
     FULLY_RESHARDABLE,
     CheckpointError,
@@ -18,6 +20,7 @@ from launcher.rundir.checkpoints import (
     set_torn_aside,
     stage_end,
 )
+from launcher.rundir.exits import RunStateError
 from launcher.rundir.paths import RunDir
 from launcher.rundir.reshard import unlike
 from training.checkpoint import Checkpointer
@@ -98,6 +101,22 @@ def end_of(run: RunDir, config: RunConfig, *, name: str, child: str) -> Saved:
     return saved
 
 
+def find_other_run(path: str, *, checkpointer: Checkpointer, note: Note) -> Ancestor | None:
+    """The sound checkpoint of another run that a path names, the newest where it names several; None where what lies there is
+    of no run. CheckpointError where none is sound. `note` is told of those that were passed over, as events."""
+    if not on_rank_0(lambda: place_of(Path(path)) is not None):
+        return None
+    damaged: dict[str, str] = {}
+    while True:
+        found = on_rank_0(lambda: find_ancestor(Path(path), passing=damaged))
+        if not (wrong := checkpointer.damages(found.saved)):
+            break
+        damaged[found.saved.path.name] = "; ".join(wrong[:3])
+    for reason in damaged.values():
+        note("checkpoint_refused", reason=reason)
+    return found
+
+
 def on_rank_0(find: Callable[[], Found]) -> Found:
     """What rank 0 finds on disk, on every rank: shared file systems show ranks different moments. So does its error."""
     answer: list[Any] = [None, None]
@@ -105,7 +124,8 @@ def on_rank_0(find: Callable[[], Found]) -> Found:
         try:
             answer[0] = find()
         except Exception as error:  # all ranks wait for the answer
-            answer[1] = error if isinstance(error, CheckpointError) else RuntimeError(f"{type(error).__name__}: {error}")
+            known = isinstance(error, CheckpointError | RunStateError)
+            answer[1] = error if known else RuntimeError(f"{type(error).__name__}: {error}")
     dist.broadcast_object_list(answer, src=0)
     if answer[1] is not None:
         raise answer[1]

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from launcher.config.reading import replay_sample
 from launcher.config.schema import RunConfig, StageConfig
 from launcher.plan.stage import StagePlan
 from launcher.rundir.checkpoints import (
@@ -31,12 +30,12 @@ from training.fp8 import Fp8Watch
 from training.guard import Guard
 from training.health import Finding, StepHealth
 from training.heartbeat import Heartbeat
-from training.interop.importing import sound_folder
 from training.metrics import Metrics
 from training.model import build_model
 from training.optimizer import build_optimizer, build_schedule, set_schedule
 from training.parallel import Rank
-from training.resuming import find_parent, find_sound, is_before, is_readable, on_rank_0
+from training.resuming import find_sound, is_before, is_readable, on_rank_0
+from training.starting import begin_stage
 from training.startup import Phases
 from training.step import Flags, Result, Stepper, Sums, mixture_loss
 
@@ -101,26 +100,14 @@ class Trainer:
 
     def restore(self) -> None:
         """Goes on from the newest valid checkpoint of the stage, else from what the stage starts from."""
-        settings = self.stage.stage
         saved = find_sound(self.run, self.stage.stage.name, checkpointer=self.checkpointer, note=self.metrics.event)
         if saved:
             self.open_data(start=saved.meta.start_ledger, consumed=saved.meta.ledger)
             self.load(saved)
         elif self.progress.step:
             raise NothingBeforeError("there is no checkpoint to rewind to; the ranks start again from where the stage starts")
-        elif settings.folder:
-            self.open_data(start={})
-            folder = on_rank_0(lambda: sound_folder(self.stage, config=self.config))
-            self.checkpointer.import_folder(folder, model=self.config.model)
-            self.metrics.event("stage_start", init_from=settings.folder, imported=folder.origin())
-        elif settings.parent:
-            parent = find_parent(self.run, self.config, stage=self.stage, checkpointer=self.checkpointer)
-            self.open_data(start=self.recalled(parent))
-            self.checkpointer.load_weights(parent)
-            self.metrics.event("stage_start", init_from=settings.parent, path=parent.path.name)
         else:
-            self.open_data(start={})
-            self.metrics.event("stage_start", init_from=None)
+            begin_stage(self)
         self.progress.samples = self.begin_at(self.progress.samples)
         skipped = {name: tokens for name, tokens in self.opened.skipped_tokens.items() if tokens}
         if skipped and saved is None:
@@ -146,15 +133,6 @@ class Trainer:
         owed = self.due(self.plan.validation_samples, since=since, now=meta.samples)
         self.owes_validation = owed and meta.validation_loss is None  # it was stopped there
         self.metrics.event("resume", step=meta.step, path=saved.path.name)
-
-    def recalled(self, parent: Saved) -> LedgerRows:
-        """What the stage takes over as read: all that was or, in a replay, what was by a stated token of the parent."""
-        sample = replay_sample(self.stage, config=self.config)
-        if sample is None:
-            return parent.meta.ledger
-        before, start = self.config.stage(parent.meta.stage), ledger_from_json(parent.meta.start_ledger)
-        phases = recorded_tables(self.run).get(parent.meta.stage)
-        return ledger_to_json(StageData(self.config, before, ledger=start, phases=phases).ledger(sample))
 
     @property
     def opened(self) -> StageData:

@@ -22,10 +22,9 @@ LAYOUT_PLACEHOLDER: dict[str, Any] = {
     "distributed_optimizer": True,
     "overlap_grad_reduce": True,
     "overlap_param_gather": True,
-    "cuda_graph_impl": "none",
-    "cpu_offloading_num_layers": 0,
-    "cross_entropy_fusion_impl": "te",
 }
+# What of a layout is not searched.
+KERNELS: dict[str, Any] = {"cuda_graph_impl": "none", "cpu_offloading_num_layers": 0, "cross_entropy_fusion_impl": "te"}
 PRECISION_PLACEHOLDER: dict[str, Any] = {
     "name": "bf16",
     "params_dtype": "bf16",
@@ -34,7 +33,6 @@ PRECISION_PLACEHOLDER: dict[str, Any] = {
     "fp8_amax_history_len": 1024,
     "num_layers_at_start_in_bf16": 0,
     "num_layers_at_end_in_bf16": 0,
-    "moments_dtype": "fp32",
 }
 
 

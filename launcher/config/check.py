@@ -10,7 +10,7 @@ from launcher.config.check_precision import PRECISION_RULES
 from launcher.config.check_secrets import refuse_secrets
 from launcher.config.errors import ConfigError, LayoutError, Problem
 from launcher.config.schema import ModelConfig, RunConfig, StageConfig
-from launcher.config.validate import merge_over_stages
+from launcher.config.validate import merge_over_stages, shown
 
 Found = tuple[str | None, Problem]  # the stage it is wrong in; None where it is the run's
 
@@ -68,12 +68,13 @@ def check_family(model: ModelConfig) -> Iterator[Problem]:
     """What the Hugging Face class can represent. Found out now, not when a trained model is to be exported."""
     if model.family is None:
         return
-    wanted = {"activation": "swiglu", "normalization": "rmsnorm", "mlp_bias": False, "attention_bias": False}
+    wanted = {"activation": "swiglu", "normalization": "rmsnorm", "mlp_bias": False, "attention_bias": model.family == "qwen2"}
     for field, value in wanted.items():
         if getattr(model, field) != value:
             rule = f"family {model.family} exports models with {field}={str(value).lower()}"
             found = str(getattr(model, field)).lower()
-            yield Problem(f"model.{field}", found, rule, f"model.{field}={str(value).lower()}, or model.family=null: no export")
+            other = "qwen2, which has them on Q, K and V" if field == "attention_bias" and not value else "null: no export"
+            yield Problem(f"model.{field}", found, rule, f"model.{field}={str(value).lower()}, or model.family={other}")
     if model.hidden_size != model.num_attention_heads * model.kv_channels:
         product = model.num_attention_heads * model.kv_channels
         rule = f"family {model.family} exports num_attention_heads * kv_channels ({product}) = hidden_size"
@@ -151,7 +152,8 @@ def check_stage(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
 
 def check_start(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
     """`init_from`: an earlier stage, of no longer sequences; or a folder, which is looked into when the run is launched
-    (launcher/plan/foreign.py): a stage that has begun has no use for it any more."""
+    (launcher/plan/foreign.py, launcher/rundir/ancestor.py): a stage that has begun has no use for it any more. The RoPE base
+    and scaling may be others than in the stage it starts from: a stage is where they may change."""
     settings, names = stage.stage, config.run.stages
     if settings.folder and not Path(settings.folder).is_absolute():
         rule = "a run is gone on with from other folders and on other machines: the path is an absolute one"
@@ -162,7 +164,7 @@ def check_start(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
     earlier = names[: names.index(settings.name)]
     if settings.parent not in earlier:
         rule = f"it must name a stage before {settings.name} in run.stages ({', '.join(earlier) or 'there is none'})"
-        fix = f"stage.init_from={earlier[-1] if earlier else 'null'}, or the path of a Hugging Face folder"
+        fix = f"stage.init_from={earlier[-1] if earlier else 'null'}, or the path of a folder"
         yield Problem("stage.init_from", repr(settings.parent), rule, fix)
     elif settings.parent in config.stage_names:
         before = config.stage(settings.parent).stage.seq_length
@@ -217,9 +219,33 @@ def check_optim(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
     if optim.min_lr > optim.lr:
         rule = f"the schedule falls from optim.lr ({optim.lr:g}) to it"
         yield Problem("optim.min_lr", f"{optim.min_lr:g}", rule, f"use at most {optim.lr:g}")
-    if optim.keep_moments and (stage.stage.init_from is None or stage.stage.folder):
-        rule = "moments are kept of a stage of this run: stage.init_from names none"
+    if optim.keep_moments:
+        yield from check_moments(stage, config=config)
+
+
+def check_moments(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
+    """Whether a stage can have the optimizer of the one it starts from. What a path names is looked into when the run is
+    launched."""
+    parent = stage.stage.parent
+    if stage.stage.init_from is None:
+        rule = "moments are kept of what a stage starts from, and stage.init_from names nothing"
         yield Problem("optim.keep_moments", "true", rule, "false")
+    before = config.stage(parent) if parent in config.stage_names else stage
+    for path, (old, new) in unlike_optimizers(before, after=stage).items():
+        rule = f"with optim.keep_moments the optimizer is that of stage {parent}, which has {shown(old)}"
+        yield Problem(path, shown(new), rule, f"{path}={shown(old)}, or optim.keep_moments=false")
+
+
+def unlike_optimizers(before: StageConfig, *, after: StageConfig) -> dict[str, tuple[object, object]]:
+    """What keeps one stage from reading the optimizer of another, whatever their layouts: Megatron keeps it in another form.
+    Values of both by path; empty where nothing does."""
+    pairs: dict[str, tuple[object, object]] = {
+        "layout.distributed_optimizer": (before.layout.distributed_optimizer, after.layout.distributed_optimizer),
+        "precision.moments_dtype": (before.precision.moments_dtype, after.precision.moments_dtype),
+    }
+    if not before.layout.distributed_optimizer:  # which has fp32 weights of its own in any case
+        pairs["precision.params_dtype"] = before.precision.params_dtype, after.precision.params_dtype
+    return {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def divisors(number: int) -> str:

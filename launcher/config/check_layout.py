@@ -178,6 +178,9 @@ def check_graphs(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
         "rows of documents kept apart (reset_attention_mask) differ from one micro batch to the next": bool(
             stage.stage.reset_attention_mask
         ),
+        "a pipeline captures each microbatch of its own, and the batch grows (stage.rampup_batch_size)": bool(
+            layout.pp > 1 and stage.stage.rampup_batch_size
+        ),
     }
     for rule, applies in refused.items():
         if applies:

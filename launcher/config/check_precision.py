@@ -67,6 +67,9 @@ def check_moments(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]
     if not stage.layout.distributed_optimizer:
         rule = "Megatron's precision-aware optimizer is a distributed optimizer"
         yield Problem("precision.moments_dtype", found, rule, f"{fix}, or layout.distributed_optimizer=true")
+    if stage.precision.fp8 == "delayed" and stage.precision.fp8_param_gather:
+        rule = "with delayed scaling and weights in FP8 they would need main weights inside transformer-engine's optimizer"
+        yield Problem("precision.moments_dtype", found, rule, f"{fix}, or precision=fp8_tensorwise")
 
 
 def check_fp8_shapes(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:

@@ -170,7 +170,7 @@ class StageSettings:
 
     @property
     def folder(self) -> str | None:
-        """The Hugging Face folder it starts from, where it starts from one."""
+        """The path it starts from, where it starts from one: a Hugging Face folder, or a checkpoint of another run."""
         return self.init_from if self.init_from and ("/" in self.init_from or self.init_from[0] in "~.") else None
 
 

@@ -12,15 +12,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from launcher.config.errors import ConfigError, Problem
-from launcher.config.schema import RunConfig
+from launcher.config.schema import RunConfig, StageConfig
 from launcher.config.validate import merge_over_stages
 from launcher.jobs.hang import HangWatch
 from launcher.plan.foreign import check_folder
 from launcher.plan.stage import plan_stage
 from launcher.report.live import LiveView
+from launcher.rundir.ancestor import check_ancestor, place_of
 from launcher.rundir.checkpoints import newest_checkpoint, stage_end, undo_replacing
 from launcher.rundir.exits import ExitClass
 from launcher.rundir.lock import lock_run
@@ -191,7 +193,7 @@ def how_it_ended(run: RunDir, stage: str, *, skip: int, code: int) -> tuple[Exit
 
 def refuse_headless(run: RunDir, config: RunConfig) -> None:
     """ConfigError, before the run directory is touched, where a selected stage starts from one that is neither selected before
-    it nor trained to an end in this run, or from a folder that the run cannot go on from."""
+    it nor trained to an end in this run, or from a folder, or another run, that the run cannot go on from."""
     refuse_folders(run, config)
     for stage in config.stages:
         parent = stage.stage.parent
@@ -202,9 +204,15 @@ def refuse_headless(run: RunDir, config: RunConfig) -> None:
 
 
 def refuse_folders(run: RunDir, config: RunConfig) -> None:
-    """ConfigError with everything that is wrong with Hugging Face folders that stages are to start from. Those that have begun
-    have read theirs."""
+    """ConfigError with everything that is wrong with Hugging Face folders, and checkpoints of other runs, that stages are to
+    start from. Those that have begun have read theirs."""
     starts = [stage for stage in config.stages if stage.stage.folder and not newest_checkpoint(run, stage.stage.name)[0]]
-    found = [(stage.stage.name, problem) for stage in starts for problem in check_folder(stage, config=config)[1]]
+    found = [(stage.stage.name, problem) for stage in starts for problem in folder_problems(stage, config=config)]
     if found:
         raise ConfigError(*merge_over_stages(found, names=config.stage_names))
+
+
+def folder_problems(stage: StageConfig, *, config: RunConfig) -> list[Problem]:
+    if place_of(Path(str(stage.stage.folder))):
+        return check_ancestor(stage, config=config)
+    return check_folder(stage, config=config)[1]

@@ -17,6 +17,7 @@ from data_prep.spec import TokenizerSpec
 from data_prep.tokenizers import CL100K_SPECIALS
 from launcher.config.errors import Problem
 from launcher.config.schema import ModelConfig, RunConfig, StageConfig
+from launcher.plan.foreign_rope import ANOTHER, START, check_rotary, rotary_of
 
 CONFIG, INDEX, WHOLE, TOKENIZER = "config.json", "model.safetensors.index.json", "model.safetensors", "tokenizer.json"
 HEADER_BYTES = 100_000_000  # safetensors' own limit
@@ -24,9 +25,8 @@ HEADER_BYTES = 100_000_000  # safetensors' own limit
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 OTHERS = {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "BOOL": 1, "I8": 1, "U8": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4}
 OTHERS |= {"I64": 8, "U64": 8}
-START, SHOWN_NAMES = "stage.init_from", 3
+SHOWN_NAMES = 3
 PLAIN = re.compile(rb"[ !-~]+")
-ANOTHER = "another folder"
 
 
 @dataclass(frozen=True)
@@ -120,12 +120,14 @@ def check_folder(stage: StageConfig, *, config: RunConfig) -> tuple[Folder, list
         problems.append(Problem(START, f"{folder.path} of model_type {folder.config.get('model_type')!r}", rule, ANOTHER))
     elif folder.family is not None:
         shape, wrong = read_shape(folder)
-        problems += [*wrong, *check_family(folder), *check_rotary(folder, stage=stage)]
+        problems += [*wrong, *check_family(folder), *check_rotary(folder.config, path=folder.path, settings=stage.stage)]
         problems += [*check_bias(folder, model=config.model), *check_dtypes(folder)]
         if shape is not None:
             problems += check_shape(folder, shape=shape, model=config.model)
             # What damaged files were to hold is not missing by name as well.
             problems += check_tensors(folder, family=folder.family, shape=shape) if folder.is_whole else ()
+    if stage.optim.keep_moments:
+        problems.append(Problem("optim.keep_moments", "true", f"{folder.path} has weights and no moments", "false"))
     return folder, [*problems, *check_tokenizer(folder, spec=config.tokenizer)]
 
 
@@ -292,34 +294,9 @@ def check_shape(folder: Folder, *, shape: Shape, model: ModelConfig) -> Iterator
 def check_bias(folder: Folder, *, model: ModelConfig) -> Iterator[Problem]:
     if folder.family is not None and folder.family.qkv_bias != model.attention_bias:
         has = folder.family.qkv_bias
-        fix = f"model.attention_bias={json.dumps(has)}" + (" with model.family=null" if has else "")
+        fix = f"model.attention_bias={json.dumps(has)}" + (" with model.family=qwen2" if has else "")
         rule = f"family {folder.family.model_type} has {'a' if has else 'no'} bias on Q, K and V"
         yield Problem("model.attention_bias", json.dumps(model.attention_bias), rule, fix)
-
-
-def rotary_of(said: Mapping[str, Any]) -> Mapping[str, Any]:
-    """transformers 5 has one object for all that is rotary; before, the base stood alone and `rope_scaling` beside it."""
-    found = said.get("rope_parameters") or said.get("rope_scaling") or {}
-    return found if isinstance(found, dict) else {"rope_type": str(found)}
-
-
-def check_rotary(folder: Folder, *, stage: StageConfig) -> Iterator[Problem]:
-    said, rotary, settings = folder.config, rotary_of(folder.config), stage.stage
-    kind = rotary.get("rope_type", rotary.get("type", "default"))
-    if kind != "default":
-        rule = "rotary embeddings are not scaled in Phidias: positions would mean other angles"
-        yield Problem(START, f"{folder.path} with rope_scaling {kind!r}", rule, ANOTHER)
-    base = rotary.get("rope_theta", said.get("rope_theta", 10000.0))
-    known = said.get("max_position_embeddings")
-    is_raised = isinstance(known, int) and settings.seq_length > known and base < settings.rotary_base
-    if base != settings.rotary_base and not is_raised:
-        fix = f"stage.rotary_base={int(base)}" if isinstance(base, float | int) and base == int(base) else ANOTHER
-        rule = f"{folder.path} has rope_theta {base}; it may be raised where sequences outgrow max_position_embeddings"
-        yield Problem("stage.rotary_base", str(settings.rotary_base), rule, fix)
-    window = said.get("sliding_window") if said.get("use_sliding_window", True) else None
-    if isinstance(window, int) and window < settings.seq_length:
-        rule = f"{folder.path} attends to sliding_window={window} tokens, Phidias to all"
-        yield Problem("stage.seq_length", str(settings.seq_length), rule, f"stage.seq_length={window} or less, or {ANOTHER}")
 
 
 def expected_tensors(family: FamilyNames, shape: Shape) -> dict[str, tuple[int, ...]]:

@@ -195,6 +195,25 @@ def newest_checkpoint(
     return None, refused + lost(run, stage)
 
 
+def checkpoint_at(run: RunDir, stage: str, *, step: int) -> Saved:
+    """The checkpoint of that step. CheckpointError where it was never written, is gone or torn, with those there are."""
+    for path, digest in indexed(run, stage):
+        if int(path.name.rpartition("_")[2]) == step:
+            return read_checkpoint(path, digest=digest)
+    steps = whole_numbers(run, stage)
+    there = f"there are {', '.join(map(str, steps))}" if steps else "there is none"
+    gone = f"step_{step:08d}" in named(run.checkpoints(stage))
+    found = f"stage {stage} of run {run.name} has no checkpoint of step {step}" + (" any more: it was pruned" * gone)
+    fix = f"step={steps[-1]}" if steps else "train the stage first"
+    rule = "stage.checkpoint.keep_every_tokens keeps some of a stage"
+    raise CheckpointError(f"{found}; {there}, and {rule}. Fix: {fix}")
+
+
+def whole_numbers(run: RunDir, stage: str) -> list[int]:
+    """The steps of the checkpoints that are there."""
+    return [int(path.name.rpartition("_")[2]) for path in whole_steps(run.checkpoints(stage))]
+
+
 def stage_end(run: RunDir, stage: str, *, num_samples: int) -> Saved | None:
     """The checkpoint at the end of a stage that lasts `num_samples`; None where it has not come so far."""
     saved, _ = newest_checkpoint(run, stage, finished=True)

@@ -17,6 +17,7 @@ from launcher.config.schema import SCHEMA_VERSION, RunConfig, StageConfig
 from launcher.config.validate import dump_run, shown, validate_run
 from launcher.plan.document import plan_document
 from launcher.plan.prepared import Prepared
+from launcher.plan.rehearsed import FOLDER
 from launcher.rundir.amend import Changes, compare, describe_refusal
 from launcher.rundir.checkpoints import newest_checkpoint, undo_replacing
 from launcher.rundir.code import code_version
@@ -104,14 +105,14 @@ def upgrade(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def refuse_foreign(run: RunDir) -> None:
-    """A folder with files of someone else must not become a run."""
+    """A folder with files of someone else must not become a run. What a rehearsal measured for it is not someone else's."""
     if run.config.exists() or not run.root.exists():
         return
     if not run.root.is_dir():
         raise RunStateError(f"{run.root} is a file; a run is a directory. Fix: another run.name or run.runs_dir")
     # A crash before the config was written leaves the lock, the order or a temporary file behind.
     names = sorted(path.name for path in run.root.iterdir())
-    ours = (run.lock.name, run.order.name)
+    ours = (run.lock.name, run.order.name, FOLDER)
     foreign = [name for name in names if name not in ours and not name.startswith((".config.yaml", ".order.json"))]
     if foreign:
         found = f"{run.root} holds {', '.join(foreign[:3])}{' ...' if len(foreign) > 3 else ''} and no config.yaml"
@@ -287,9 +288,14 @@ def add_kernels(tree: dict[str, Any]) -> dict[str, Any]:
     return {**tree, "run": {"after_stages": [], "evaluation": evaluation, **tree["run"]}, "stages": stages}
 
 
-def _write(run: RunDir, *, config: RunConfig, prepared: Prepared | None) -> None:
+def write_config(run: RunDir, config: RunConfig) -> None:
+    """The config as ranks read it, and nothing of a run around it."""
     text = yaml.safe_dump(dump_run(config), sort_keys=False, width=128, allow_unicode=True)
     write_atomic(run.config, HEADER.format(version=code_version()["version"]) + text)
+
+
+def _write(run: RunDir, *, config: RunConfig, prepared: Prepared | None) -> None:
+    write_config(run, config)
     tables = {name: rows for name, rows in recorded_tables(run).items() if name in config.stage_names}
     with suppress(AmountError):  # epochs of a source whose size is not known before its data is made
         write_json(run.plan, plan_document(config, sizes=prepared.sizes if prepared else {}, tables=tables))

@@ -92,8 +92,15 @@ class RunDir:
         return self.root / "checkpoints" / stage
 
     def export(self, stage: str) -> Path:
+        """Of a stage, or of a checkpoint of it (`at_step`)."""
         return self.root / "export" / stage
 
     def eval(self, stage: str) -> Path:
-        """What the stage's export was measured to be."""
+        """What that export was measured to be."""
         return self.root / "eval" / f"{stage}.json"
+
+
+def at_step(stage: str, step: int | None) -> str:
+    """What the export of a chosen checkpoint, and its evaluation, is called; no stage's name has an @. None: the newest, which
+    is called as the stage is."""
+    return stage if step is None else f"{stage}@{step}"

@@ -19,6 +19,15 @@ PHI4 = compose_run(["run=phi4"])
 ONE = "stage=demo_pretrain"
 
 
+MIDTRAIN, LLAMA = "stage=demo_midtrain", "model.family=llama"
+
+
+def scaled(kind, factor, *, original=128, beta_fast="null", beta_slow="null"):
+    """An override that scales rotary angles."""
+    lengths = f"factor: {factor}, original_max_position_embeddings: {original}"
+    return f"stage.rope_scaling={{rope_type: {kind}, {lengths}, beta_fast: {beta_fast}, beta_slow: {beta_slow}}}"
+
+
 def problems(overrides):
     with pytest.raises(ConfigError) as caught:
         compose_run(overrides)
@@ -179,6 +188,14 @@ CONFIGS = [
     (["run.stages=[demo_pretrain,demo_pretrain]"], "run.stages", ["demo_pretrain twice"]),
     ([ONE, "optim.warmup_tokens=3e6"], "optim.warmup_tokens", ["warm-up must end before the stage does", "2.5e+06"]),
     ([ONE, "optim.min_lr=1"], "optim.min_lr", ["falls from optim.lr (0.003)"]),
+    ([ONE, "optim.keep_moments=true"], "optim.keep_moments", ["stage.init_from names nothing", "Fix: false"]),
+    ([ONE, LLAMA, scaled("linear", 2.0, beta_fast=32)], "stage.rope_scaling.beta_fast", ["all frequencies alike"]),
+    ([ONE, LLAMA, scaled("yarn", 2.0)], "stage.rope_scaling.beta_fast", ["beta_fast is the larger", "32 beta_slow=1"]),
+    ([ONE, LLAMA, scaled("yarn", 2.0, beta_fast=1, beta_slow=32)], "stage.rope_scaling.beta_fast", ["is the larger"]),
+    ([ONE, LLAMA, scaled("linear", 1.5, original=64)], "stage.rope_scaling.factor", ["reaches 96 positions", "Fix: factor=2"]),
+    ([ONE, scaled("linear", 2.0)], "stage.rope_scaling", ["found linear", "could not be exported", "model.family=llama"]),
+    ([ONE, LLAMA, scaled("longrope", 2.0)], "stage.rope_scaling.rope_type", ["'linear' or 'yarn'"]),
+    ([ONE, LLAMA, scaled("linear", 1.0)], "stage.rope_scaling.factor", ["greater than 1"]),
     (["model.vocab_size=5000"], "model.padded_vocab_size", ["must hold model.vocab_size (5000)", "5120"]),
     (["model.num_query_groups=3"], "model.num_query_groups", ["must divide model.num_attention_heads (4)"]),
     (["model.kv_channels=31", "model.hidden_size=124"], "model.kv_channels", ["even"]),
@@ -254,6 +271,19 @@ def test_a_problem_of_one_stage_names_it_and_of_all_stages_does_not():
 def test_sequences_may_not_become_shorter():
     with pytest.raises(ConfigError, match="must not be shorter than in demo_pretrain"):
         check_run(with_stage(DEMO, 1, stage={"seq_length": 64}))
+
+
+def test_moments_are_kept_of_an_optimizer_of_the_same_form():
+    check_run(with_stage(DEMO, 1, optim={"keep_moments": True}))
+    with pytest.raises(ConfigError, match=r"found false; .*that of stage demo_pretrain, which has true.*keep_moments=false"):
+        check_run(with_stage(DEMO, 1, optim={"keep_moments": True}, layout={"distributed_optimizer": False}))
+
+
+def test_a_stage_is_where_rotary_angles_may_change():
+    """Base and scaling, also where sequences stay as long as they were."""
+    check_run(with_stage(DEMO, 1, stage={"seq_length": 128, "rotary_base": 5000}))
+    config = compose_run([MIDTRAIN, LLAMA, scaled("yarn", 4.0, beta_fast=32, beta_slow=1), "stage.rotary_base=10000"])
+    assert config.stages[0].stage.rope_scaling.factor == 4.0
 
 
 def test_one_name_is_one_source_for_the_whole_run():

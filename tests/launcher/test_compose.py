@@ -66,6 +66,42 @@ def test_stage_files_are_named_as_their_stages():
         assert yaml.safe_load(path.read_text())["stage"]["name"] == path.stem
 
 
+# Stages that no run file lists, with what a run of phi-4 needs to have them.
+BRANCHES = {
+    "midtrain_32k": ["run.stages=[pretrain,midtrain_32k]"],
+    "midtrain_128k": ["run.stages=[pretrain,midtrain_128k]", "model.family=llama"],
+    "anneal": ["run.stages=[pretrain,anneal]"],
+    "curriculum": ["run.stages=[curriculum]", "stage=curriculum"],
+}
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_every_other_stage_composes_and_plans(name):
+    config = compose_run(["run=phi4", *BRANCHES[name]])
+    assert config.stage_names[-1] == name and config.model.name == "phi4_14b"
+    tokens = [row["tokens_per_step"] for row in plan_document(config)]
+    assert tokens == [5760 * 4096] * len(config.stages)  # the batch in tokens is held
+    assert all(row.epochs is None or row.max_epochs is None or row.epochs <= row.max_epochs for row in plan_exposure(config))
+
+
+def test_every_stage_file_is_of_a_run():
+    listed = {stage for stages in STAGES.values() for stage in stages} | BRANCHES.keys()
+    assert {path.stem for path in (CONFIG_DIR / "stage").glob("*.yaml")} - {"series"} == listed
+
+
+def test_several_midtrainings_branch_from_one_pretraining():
+    names = ("pretrain", "midtrain", "midtrain_32k", "anneal")
+    config = compose_run(["run=phi4", f"run.stages=[{','.join(names)}]"])
+    assert [stage.stage.parent for stage in config.stages] == [None, "pretrain", "pretrain", "pretrain"]
+    assert plan_exposure(config)
+
+
+@pytest.mark.parametrize("name", ["midtrain_32k", "midtrain_128k"])
+def test_the_planner_finds_a_layout_for_long_sequences(name):
+    stage = compose_run(["run=phi4", *BRANCHES[name], f"stage={name}", "layout=auto"], planner=Planner()).stages[0]
+    assert stage.layout.cp * 8192 >= stage.stage.seq_length
+
+
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_of_every_group_fits_some_run(group, option):
     large = option.startswith(("phi", "llama", "slurm", "fp8", "auto"))
@@ -160,7 +196,7 @@ BAD = [
     (["model=phi4_14"], "model", ["'phi4_14'", "did you mean phi4_14b"]),
     (["run=dmo"], "run", ["'dmo'", "run has ablation, demo, phi4", "did you mean demo"]),
     (["stage=demo_pretrai"], "stage", ["stage=demo_pretrain"]),
-    (["run.stages=[demo_pretrain,demo_nothing]"], "stage", ["'demo_nothing'", "stage has ablation, demo_midtrain"]),
+    (["run.stages=[demo_pretrain,demo_nothing]"], "stage", ["'demo_nothing'", "stage has ablation, anneal"]),
     (["layout.tp"], "layout.tp", ["key=value"]),
     (["run.name=${run.nme}"], "run.name", ["${run.nme}", "did you mean run.name?"]),
     (["run.name=???"], "run.name", ["nothing", "must be set"]),

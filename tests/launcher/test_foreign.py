@@ -26,6 +26,7 @@ SHAPE = Shape(
 TOKENIZER = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 2, "content": "<|endoftext|>"}]}
 SIZES = {"F32": 4, "BF16": 2, "F8_E4M3": 1}
 QKV = "model.layers.1.self_attn.qkv_proj.weight"
+ONE = "stage=demo_pretrain"
 
 
 def write_file(path, tensors, *, dtypes=None):
@@ -63,10 +64,11 @@ def write_folder(folder, *, family="phi3", shape=SHAPE, files=2, edit=dict, dtyp
     return folder
 
 
-def config_for(folder, *, seq_length=32, rotary_base=10000, **model):
+def config_for(folder, *, seq_length=32, rotary_base=10000, rope_scaling=None, **model):
     """A run of the folder's shape that starts from it."""
     fields = {key: value for key, value in vars(SHAPE).items() if key in MODEL} | dict(padded_vocab_size=16) | model
-    stage = stage_config(stage={"init_from": str(folder), "seq_length": seq_length, "rotary_base": rotary_base})
+    rotary = {"rotary_base": rotary_base, "rope_scaling": rope_scaling}
+    stage = stage_config(stage={"init_from": str(folder), "seq_length": seq_length, **rotary})
     config = run_config(folder.parent, stages=[stage], model=fields)
     Path(config.tokenizer.file).write_text(json.dumps({**TOKENIZER, "padding": {"strategy": "BatchLongest"}}))
     return config
@@ -95,7 +97,7 @@ def test_qwen2s_bias_is_the_models(tmp_path):
     folder = write_folder(tmp_path / "hf", family="qwen2", use_sliding_window=False, sliding_window=8)
     assert refusals(config_for(folder, family=None, attention_bias=True)) == []
     [(path, found, text)] = refusals(config_for(folder))
-    assert (path, found) == ("model.attention_bias", "false") and "with model.family=null" in text
+    assert (path, found) == ("model.attention_bias", "false") and "with model.family=qwen2" in text
     phi3 = write_folder(tmp_path / "phi3")
     [(path, found, text)] = refusals(config_for(phi3, family=None, attention_bias=True))
     assert (path, found) == ("model.attention_bias", "true") and text.endswith("Fix: model.attention_bias=false")
@@ -113,6 +115,53 @@ def test_transformers_5_writes_rotary_in_one_object(tmp_path):
     folder = write_folder(tmp_path / "hf", rope_theta=None, rope_parameters=rotary)
     assert refusals(config_for(folder, rotary_base=250000)) == []
     assert refusals(config_for(folder))[0][:2] == ("stage.rotary_base", "10000")
+
+
+LINEAR = dict(rope_type="linear", factor=4.0, original_max_position_embeddings=32, beta_fast=None, beta_slow=None)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=32.0, beta_slow=1.0)
+SHORT = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(
+    ("said", "ours"),
+    [
+        (dict(rope_scaling=SHORT), YARN),  # the paper's betas
+        (dict(rope_scaling=YARN | {"attention_factor": 1.138629436111989}), YARN),
+        (dict(rope_scaling=YARN | {"original_max_position_embeddings": 7}, original_max_position_embeddings=32), YARN),
+        (dict(rope_parameters=YARN | {"rope_theta": 10000.0}, rope_theta=None), YARN),
+        (dict(rope_scaling={"type": "linear", "factor": 4.0}), LINEAR),
+        (dict(max_position_embeddings=32), YARN),  # the stage lengthens it
+        (dict(max_position_embeddings=32), LINEAR),
+    ],
+)
+def test_scaled_angles_are_the_folders_or_the_stage_is_longer(said, ours, tmp_path):
+    assert refusals(config_for(write_folder(tmp_path / "hf", **said), seq_length=128, rope_scaling=ours)) == []
+
+
+@pytest.mark.parametrize(
+    ("said", "ours", "path", "parts"),
+    [
+        (dict(rope_scaling=SHORT), None, "stage.rope_scaling", ["found null", '"factor": 4', "other angles"]),
+        (dict(rope_scaling=SHORT), YARN | {"factor": 8.0}, "stage.rope_scaling", ['found {"rope_type": "yarn", "factor": 8.0']),
+        (dict(rope_scaling=SHORT | {"beta_fast": 16}), YARN, "stage.rope_scaling", ['"beta_fast": 16']),
+        (dict(rope_scaling=SHORT), LINEAR, "stage.rope_scaling", ['found {"rope_type": "linear"']),
+        (dict(rope_scaling={"type": "linear", "factor": 2.0}), LINEAR, "stage.rope_scaling", ['"factor": 2.0']),
+        (dict(max_position_embeddings=128), YARN, "stage.rope_scaling", ["outgrow max_position_embeddings (128)"]),
+        ({}, YARN, "stage.rope_scaling", ["(None)", "Fix: stage.rope_scaling=null"]),
+        (dict(max_position_embeddings=64), YARN, "stage.rope_scaling.original_max_position_embeddings", ["found 32", "=64"]),
+        (dict(rope_scaling=SHORT | {"attention_factor": 1.0}), YARN, "stage.init_from", ["'attention_factor=1.0'"]),
+        (dict(rope_scaling=SHORT | {"mscale": 1.0, "mscale_all_dim": 0.5}), YARN, "stage.init_from", ["'mscale=1.0'"]),
+        (dict(rope_scaling=SHORT | {"truncate": False}), YARN, "stage.init_from", ["'truncate=false'"]),
+        *(
+            (dict(rope_scaling={"rope_type": kind, "factor": 4.0}), YARN, "stage.init_from", [f"rope_scaling '{kind}'"])
+            for kind in ("llama3", "longrope", "dynamic", "made up")
+        ),
+    ],
+)  # fmt: skip
+def test_other_angles_are_refused(said, ours, path, parts, tmp_path):
+    found = refusals(config_for(write_folder(tmp_path / "hf", **said), seq_length=128, rope_scaling=ours))
+    assert [row[0] for row in found] == [path], found
+    assert all(part in found[0][2] for part in parts), found[0][2]
 
 
 def without(*names):
@@ -251,6 +300,14 @@ def test_everything_is_reported_before_the_run_is_touched(tmp_path):
     assert not run.root.exists()
 
 
+def test_a_folder_has_no_moments(tmp_path):
+    config = config_for(write_folder(tmp_path / "hf"))
+    keeping = replace(config.stages[0], optim=replace(config.stages[0].optim, keep_moments=True))
+    [(path, found, text)] = refusals(replace(config, stages=(keeping,)))
+    assert (path, found) == ("optim.keep_moments", "true") and "has weights and no moments" in text
+    check_run(compose_run([ONE, "stage.init_from=/data/phi-4", "optim.keep_moments=true"]))  # it may be another run
+
+
 def test_a_stage_that_has_begun_needs_its_folder_no_more(tmp_path, monkeypatch):
     config = config_for(tmp_path / "gone")
     run = RunDir(Path(config.run.runs_dir) / config.run.name)
@@ -267,9 +324,6 @@ def test_the_origin_is_told_apart_by_headers_and_sizes(tmp_path):
     digests = [read_folder(folder)[0].origin()["digest"] for folder in (first, second, header, fields)]
     assert digests[0] == digests[1] and len(set(digests)) == 3
     assert read_folder(first)[0].origin()["bytes"] == sum(path.stat().st_size for path in first.glob("*.safetensors"))
-
-
-ONE = "stage=demo_pretrain"
 
 
 @pytest.mark.parametrize("said", ["hf/phi-4", "~/phi-4", "./phi-4", "~", ".."])

@@ -3,9 +3,10 @@
     torchrun --nproc-per-node N -m tests.training.ranks <work dir> <case> [<case> ...]
 
 A case is `layout:<name>`: train a fresh run in that layout; `masked:<name>`: the same, documents apart and what follows them
-not predicted; `packed:<name>`: that again, as packed rows with their documents' borders, as on GPUs; `long:<name>`: many steps,
-to compare with a plain loop; `resume:<name>[:<dtype>]`: stop half way and go on; `rewind:<name>`: go back and past a batch; or
-`move:<name>:<name>`: save in one layout, go on in another; `batch`; `nan`. tests/training/test_ranks.py compares the results.
+not predicted; `packed:<name>`: that again, as packed rows with their documents' borders, as on GPUs; `yarn:<name>[+masked]`:
+any of these with scaled angles; `long:<name>`: many steps, to compare with a plain loop; `resume:<name>[:<dtype>]`: stop half
+way and go on; `rewind:<name>`: go back and past a batch; `move:<name>:<name>`: save in one layout, go on in another; or
+`border:<name>:<name>`: stages that start from another's end; `batch`; `nan`. tests/training/test_ranks.py compares the results.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from megatron.core import parallel_state  # noqa: E402
 
 from launcher.config.schema import RunConfig  # noqa: E402
 from launcher.plan.stage import plan_stage  # noqa: E402
+from launcher.rundir.freeze import write_config  # noqa: E402
 from launcher.rundir.paths import RunDir  # noqa: E402
 from launcher.rundir.records import append_record  # noqa: E402
 from tests.training.thd import as_on_gpus  # noqa: E402
@@ -63,6 +66,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2_vpp2_cp2": dict(pp=2, vpp=2, cp=2),
 }
 MASKS = dict(reset_attention_mask=True, reset_position_ids=True, eod_mask_loss=True)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=8, beta_fast=4.0, beta_slow=0.05)
 STEPS, LONG_STEPS = 6, 50
 
 
@@ -78,18 +82,19 @@ class Case:
         device: torch.device,
         left_out: Any = (),
         trace: bool = False,
+        before: Any = (),
         **sections: Any,
     ):
         stage = stage_config(layout=LAYOUTS[name], **sections)
-        self.config: RunConfig = run_config(work, ranks=dist.get_world_size(), stages=[stage], data={"trace": trace})
+        self.config: RunConfig = run_config(work, ranks=dist.get_world_size(), stages=[*before, stage], data={"trace": trace})
         self.run = RunDir(work / "runs" / run_name)
-        self.rank = initialize_parallel(self.config.stages[0].layout, seed=self.config.run.seed, device=device, timeout_s=120)
+        self.rank = initialize_parallel(self.config.stages[-1].layout, seed=self.config.run.seed, device=device, timeout_s=120)
         if dist.get_rank() == 0:
             self.run.root.mkdir(parents=True, exist_ok=True)
             for first, count in left_out:
                 append_record(self.run.events, "skip", stage="pretrain", first_sample=first, num_samples=count)
         dist.barrier()
-        stage_cfg = self.config.stages[0]
+        stage_cfg = self.config.stages[-1]
         plan = plan_stage(stage_cfg, cluster=self.config.cluster)
         heartbeat = Heartbeat(self.run, stage=stage_cfg.stage.name, rank=self.rank.rank, hang=self.config.monitor.hang)
         self.trainer = Trainer(
@@ -123,6 +128,29 @@ class Case:
         digests: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(digests, hasher.hexdigest())
         return digests
+
+    def optimizer(self) -> dict[str, Any]:
+        """A digest a rank over fp32 weights and moments, their squares summed over all ranks, and the step."""
+        parts: dict[str, list[torch.Tensor]] = {"weights": [], "exp_avg": [], "exp_avg_sq": []}
+        groups = self.trainer.stepper.optimizer.param_groups
+        for part in self.trainer.stepper.optimizer.chained_optimizers:
+            for parameter in (one for group in part.param_groups for one in group["params"]):
+                parts["weights"].append(parameter.detach())
+                for kind in ("exp_avg", "exp_avg_sq"):
+                    parts[kind].append(part.state[parameter][kind] if part.state[parameter] else torch.zeros_like(parameter))
+        said: dict[str, Any] = {"step": max(group.get("step", 0) for group in groups), "type": str(parts["weights"][0].dtype)}
+        for kind, tensors in parts.items():
+            total = torch.stack([tensor.double().square().sum() for tensor in tensors]).sum()
+            dist.all_reduce(total)
+            bytes_ = b"".join(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for tensor in tensors)
+            digests: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(digests, hashlib.sha256(bytes_).hexdigest())
+            said |= {kind: digests, f"{kind}_sum": float(total)}
+        return said
+
+    def started(self) -> dict[str, Any]:
+        dist.barrier()
+        return [row for row in self.events() if row["kind"] == "stage_start"][-1]
 
     def close(self) -> None:
         parallel_state.destroy_model_parallel()
@@ -158,6 +186,14 @@ def check_masked(work: Path, name: str, *, device: torch.device) -> dict[str, An
 def check_packed(work: Path, name: str, *, device: torch.device) -> dict[str, Any]:
     with as_on_gpus():
         return check_layout(work, name, device=device, kind="packed", stage=MASKS)
+
+
+def check_yarn(work: Path, name: str, *, device: torch.device) -> dict[str, Any]:
+    """Longer than the angles are made for. `<name>+masked` and `+packed`: documents apart, in either way."""
+    name, _, way = name.partition("+")
+    with as_on_gpus() if way == "packed" else nullcontext():
+        stage = {"rope_scaling": YARN} | (MASKS if way else {})
+        return check_layout(work, name, device=device, kind=f"yarn{way}", stage=stage)
 
 
 def check_resume(work: Path, name: str, dtype: str = "fp32", *, device: torch.device) -> dict[str, Any]:
@@ -217,6 +253,33 @@ def check_move(work: Path, before: str, after: str, *, device: torch.device) -> 
     return {"losses": losses}
 
 
+def check_border(work: Path, before: str, after: str, *, device: torch.device) -> dict[str, Any]:
+    """Stages in bf16 from the end of another: by name in its layout, and from another run in a layout of their own, with its
+    moments and without. What the optimizer has, byte for byte, and its sums over all ranks."""
+    sections: dict[str, Any] = {"precision": {"params_dtype": "bf16"}}
+    first = Case(work, before, run_name="border", device=device, **sections).steps(STEPS)
+    found = {"end": first.optimizer()}
+    first.trainer.save(any_layout=True, is_last=True)
+    expected = first.trainer.opened.ledger(STEPS * 8)
+    parent, root = stage_config(layout=LAYOUTS[before], **sections), str(first.run.root)
+    if dist.get_rank() == 0:
+        write_config(first.run, first.config)
+    first.close()
+    for name, keep, layout, start in (
+        ("kept", True, before, "pretrain"), ("new", False, before, "pretrain"), ("moved", True, after, root)
+    ):  # fmt: skip
+        stage = {"name": name, "init_from": start, "seq_length": 64, "rotary_base": 50000}
+        more = sections | {"stage": stage, "optim": {"keep_moments": keep, "lr": 1e-3, "warmup_tokens": 640.0}}
+        run_name, stages = ("border", [parent]) if start == "pretrain" else ("other", [])
+        child = Case(work, layout, run_name=run_name, device=device, before=stages, **more)
+        found[name] = child.optimizer()
+        found[name]["goes_on"] = child.trainer.opened.start_ledger == expected
+        child.steps(2)
+        found[name] |= {"event": child.started(), "stepped": child.optimizer(), "rows": child.rows("train")[-2:]}
+        child.close()
+    return found
+
+
 def check_batch(work: Path, *, device: torch.device) -> dict[str, Any]:
     """Half of the run in batches of 8, then in batches of 4: the samples read and the end."""
     first = Case(work, "one", run_name="batch", device=device).steps(STEPS // 2)
@@ -251,7 +314,8 @@ def check_nan(work: Path, *, device: torch.device) -> dict[str, Any]:
 
 CHECKS: dict[str, Callable[..., dict[str, Any]]] = {
     "layout": check_layout, "masked": check_masked, "packed": check_packed, "resume": check_resume, "move": check_move,
-    "rewind": check_rewind, "batch": check_batch, "nan": check_nan, "long": check_long,
+    "rewind": check_rewind, "batch": check_batch, "nan": check_nan, "long": check_long, "yarn": check_yarn,
+    "border": check_border,
 }  # fmt: skip
 
 

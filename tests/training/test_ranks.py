@@ -17,14 +17,14 @@ from tests.training.shards import write_sources
 REPOSITORY = Path(__file__).resolve().parents[2]
 CASES = {
     1: ["layout:one", "layout:mbs4", "layout:plain_optimizer", "layout:recompute", "layout:selective",
-        "resume:one", "rewind:one", "batch", "nan", "masked:one", "long:one"],
+        "resume:one", "rewind:one", "batch", "nan", "masked:one", "long:one", "yarn:one", "yarn:one+masked"],
     2: [
         *(f"layout:{name}" for name in ("tp2", "tp2_sp", "pp2_vpp2", "cp2")),
         *(f"layout:{name}" for name in ("dp2", "dp2_overlap")),
         *(f"resume:{name}" for name in ("dp2", "tp2_sp", "pp2_vpp2", "cp2")),
         "resume:dp2:bf16", "rewind:dp2_overlap", "move:dp2:tp2_sp", "move:tp2:pp2_vpp2",
         *(f"masked:{name}" for name in ("tp2_sp", "pp2_vpp2")),
-        "packed:cp2", "long:tp2_sp", "long:cp2",
+        "packed:cp2", "long:tp2_sp", "long:cp2", "yarn:cp2", "yarn:cp2+packed", "border:dp2:pp2_vpp2",
     ],
     4: ["layout:tp2_pp2_sp"],
 }  # fmt: skip
@@ -32,7 +32,7 @@ CASES = {
 SLOW = {
     1: ["layout:selective_mlp", "masked:mbs4"],
     2: ["layout:pp2_vpp3_ends", "layout:dp2_plain", "layout:pp2_first1", "resume:dp2_overlap", "resume:pp2", "move:pp2:cp2",
-        "masked:cp2_mbs2", "masked:pp2", "masked:dp2", "long:pp2_vpp2", "long:dp2_overlap"],
+        "masked:cp2_mbs2", "masked:pp2", "masked:dp2", "long:pp2_vpp2", "long:dp2_overlap", "yarn:tp2_sp"],
     4: ["packed:pp2_vpp2_cp2", "layout:cp2_dp2", "layout:tp2_cp2", "packed:tp2_cp2", "masked:pp4", "long:tp2_pp2_sp"],
 }  # fmt: skip
 for world_size in SLOW if os.environ.get("PHIDIAS_SLOW") else ():
@@ -67,9 +67,10 @@ def cases_of(*kinds: str) -> list[str]:
     return [case for cases in CASES.values() for case in cases if case.split(":")[0] in kinds]
 
 
-@pytest.mark.parametrize("case", [case for case in cases_of("layout", "masked", "packed") if not case.startswith("layout:one")])
+@pytest.mark.parametrize("case", [case for case in cases_of("layout", "masked", "packed", "yarn") if case != "layout:one"])
 def test_every_layout_learns_the_same(case: str, results: dict[str, Any]) -> None:
-    one = results["layout:one" if case.startswith("layout:") else "masked:one"]
+    yarn = "yarn:one+masked" if "+" in case else "yarn:one"
+    one = results[{"layout": "layout:one", "yarn": yarn}.get(case.split(":")[0], "masked:one")]
     for found, expected in zip(results[case]["rows"], one["rows"], strict=True):
         assert found["loss"] == pytest.approx(expected["loss"], rel=TOLERANCE)
         assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
@@ -119,6 +120,11 @@ def test_masks_change_what_is_learned(results: dict[str, Any]) -> None:
     assert share == pytest.approx(1 - 1 / 50, abs=0.005)
 
 
+def test_scaled_angles_change_what_is_learned(results: dict[str, Any]) -> None:
+    scaled, plain_angles = (results[f"{kind}:one"]["rows"][-1] for kind in ("yarn", "layout"))
+    assert scaled["loss"] != pytest.approx(plain_angles["loss"], rel=1e-4)
+
+
 def test_it_learns(results: dict[str, Any]) -> None:
     losses = [row["loss"] for row in results["layout:one"]["rows"]]
     assert losses[0] == pytest.approx(math.log(250), abs=0.3)
@@ -140,6 +146,46 @@ def test_resume_is_bitwise(case: str, results: dict[str, Any]) -> None:
 def test_a_checkpoint_goes_on_in_another_layout(case: str, results: dict[str, Any]) -> None:
     expected = [row["loss"] for row in results["layout:one"]["rows"]]
     assert results[case]["losses"] == pytest.approx(expected, rel=TOLERANCE)
+
+
+WEIGHTS, MOMENTS = ("weights", "weights_sum"), ("exp_avg", "exp_avg_sq", "exp_avg_sum", "exp_avg_sq_sum", "step")
+
+
+@pytest.fixture(scope="module")
+def border(results: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = results["border:dp2:pp2_vpp2"]
+    return found
+
+
+@pytest.mark.parametrize("stage", ["kept", "new"])
+def test_a_stage_begins_with_the_fp32_weights_of_the_one_before(stage: str, border: dict[str, Any]) -> None:
+    """Bitwise, in bf16: nothing is rounded at the border."""
+    assert [border[stage][name] for name in WEIGHTS] == [border["end"][name] for name in WEIGHTS]
+    event = border[stage]["event"]
+    assert (event["init_from"], event["path"], event["weights"]) == ("pretrain", "step_00000006", "fp32")
+
+
+def test_moments_are_kept_or_new(border: dict[str, Any]) -> None:
+    end, kept, new = (border[name] for name in ("end", "kept", "new"))
+    assert end["exp_avg_sum"] > 0 and [kept[name] for name in MOMENTS] == [end[name] for name in MOMENTS]
+    assert (new["step"], new["exp_avg_sum"], new["exp_avg_sq_sum"]) == (0, 0.0, 0.0)
+    assert (kept["event"]["moments"], new["event"]["moments"]) == ("kept", "new")
+    # The settings are the new stage's; the first loss is of the same weights, the second of others.
+    assert [row["lr"] for row in kept["rows"]] == [row["lr"] for row in new["rows"]] == pytest.approx([8e-4, 7e-4])
+    assert kept["rows"][0]["loss"] == new["rows"][0]["loss"] and kept["rows"][1]["loss"] != new["rows"][1]["loss"]
+    assert (kept["stepped"]["step"], new["stepped"]["step"]) == (8, 2)
+
+
+def test_another_run_goes_on_in_its_own_layout(border: dict[str, Any]) -> None:
+    """With the weights, the moments and the ledger of a checkpoint that a path names."""
+    end, kept, moved = (border[name] for name in ("end", "kept", "moved"))
+    for name in ("weights_sum", "exp_avg_sum", "exp_avg_sq_sum"):
+        assert moved[name] == pytest.approx(end[name], rel=1e-12)
+    assert moved["step"] == end["step"] and moved["goes_on"]
+    assert [row["loss"] for row in moved["rows"]] == pytest.approx([row["loss"] for row in kept["rows"]], rel=TOLERANCE)
+    event = moved["event"]
+    parent = {"run": event["init_from"], "stage": "pretrain", "step": 6, "tokens": 1536, "digest": event["parent"]["digest"]}
+    assert event["parent"] == parent and event["goes_on"] == ["a", "b", "c"]
 
 
 def test_a_changed_batch_size_reads_the_same_samples(results: dict[str, Any]) -> None:

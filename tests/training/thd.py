@@ -23,7 +23,7 @@ class ThdAttention(torch.nn.Module):
 
     def __init__(self, config: Any, *, pg_collection: Any, **_: Any):
         super().__init__()
-        self.cp_group = pg_collection.cp
+        self.cp_group, self.scale = pg_collection.cp, config.softmax_scale
 
     def forward(
         self,
@@ -46,7 +46,9 @@ class ThdAttention(torch.nn.Module):
         query_P, key_T = held[self.cp_group.rank()], torch.arange(borders[-1])
         mask_PT = (document[query_P, None] == document) & (key_T <= query_P[:, None])
         query, key, value = (x.transpose(0, 1) for x in (query_PND, key, value))
-        out = F.scaled_dot_product_attention(query[None], key[None], value[None], attn_mask=mask_PT, enable_gqa=True)
+        out = F.scaled_dot_product_attention(
+            query[None], key[None], value[None], attn_mask=mask_PT, scale=self.scale, enable_gqa=True
+        )
         return out[0].transpose(0, 1).flatten(1)
 
 
