@@ -74,8 +74,9 @@ def help_text() -> str:
             "",
             *lines,
             "",
-            "phidias <verb> --help says more. plan, exposure, data and train take Hydra overrides (run=phi4 stage=pretrain",
-            "model.num_layers=32), -m, --cfg job and --config-dir; the others take run names. out=json prints JSON alone.",
+            "phidias <verb> --help says more. plan, rehearse, exposure, data and train take Hydra overrides (run=phi4",
+            "stage=pretrain model.num_layers=32), -m, --cfg job and --config-dir; the others take run names. out=json prints",
+            "JSON alone.",
             'Tab completion: eval "$(phidias -sc install=bash)"',
             EXIT_CODES,
         ]

@@ -43,20 +43,28 @@ def join_world(*, timeout_s: int) -> torch.device:
     return device
 
 
-def initialize_parallel(layout: Layout, *, seed: int, device: torch.device, timeout_s: int) -> Rank:
-    """Builds Megatron's groups over the world and seeds this rank."""
+def initialize_parallel(layout: Layout, *, seed: int, device: torch.device, timeout_s: int, gloo: bool = True) -> Rank:
+    """Builds Megatron's groups over the world and seeds this rank. `gloo`: with groups on the host beside them, for
+    checkpoints."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         context_parallel_size=layout.cp,
         distributed_timeout_minutes=math.ceil(timeout_s / 60),
+        create_gloo_process_groups=gloo,
     )
     # Dropout streams differ between pipeline stages and, through the tracker, between tensor-parallel ranks.
     stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(stage_seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(stage_seed)
+    # A captured kernel draws from where the generator stands when it is replayed: transformer-engine's tracker is made for it.
+    tensor_parallel.model_parallel_cuda_manual_seed(stage_seed, te_rng_tracker=layout.cuda_graph_impl != "none")
     return current_rank(device)
+
+
+def has_gloo_groups() -> bool:
+    """Whether Megatron's groups on the host are there."""
+    return parallel_state._DATA_PARALLEL_GROUP_WITH_CP_GLOO is not None
 
 
 def local_device() -> torch.device:

@@ -110,6 +110,22 @@ def flops_per_token(model: ModelConfig, *, seq_length: int) -> dict[str, float]:
     }
 
 
+def flops_by_stage(model: ModelConfig, *, layout: Layout, seq_length: int) -> list[dict[str, float]]:
+    """Training FLOPs per token of each pipeline stage, all of its tensor-parallel ranks together; those of all stages are the
+    model's."""
+    whole = flops_per_token(model, seq_length=seq_length)
+    count, logits = count_parameters(model), 6.0 * model.padded_vocab_size * model.hidden_size
+    ends = {"full": (0.0, logits), "causal": (0.0, logits), "sixn": (6.0 * count.embedding, 6.0 * count.head)}
+    rows = []
+    for index, layers in enumerate(layers_by_stage(model.num_layers, layout=layout)):
+        row = {}
+        for name, (first, last) in ends.items():
+            held = (whole[name] - first - last) * layers / model.num_layers
+            row[name] = held + (first if index == 0 else 0.0) + (last if index == layout.pp - 1 else 0.0)
+        rows.append(row)
+    return rows
+
+
 def matrix_parameters(model: ModelConfig) -> Iterable[int]:
     """Weights that a token is multiplied with: the layers' matrices and the output matrix, not the embedding look-up."""
     yield model.num_layers * layer_matrices(model)

@@ -43,7 +43,9 @@ def predict_stage(stage: StageConfig, *, config: RunConfig, plan: StagePlan) -> 
     hardware = config.hardware
     if hardware is None:
         memory = Memory(stage, model=config.model, cluster=config.cluster, hardware=None)
-        return {**dict.fromkeys(UNPREDICTED), "memory_gib": memory_document(memory, capacity=None), "refusals": []}
+        rehearsals = read_rehearsals(config, stage=stage)
+        known = {"memory_gib": memory_document(memory, capacity=None), "rehearsals": rehearsals, "refusals": []}
+        return {**dict.fromkeys(UNPREDICTED), **known}
     estimator = Estimator(stage, config.model, config.cluster, hardware)
     timing, memory = estimator.timing(stage.layout, stage.precision), estimator.memory(stage.layout, stage.precision)
     step_s, world = timing.step.total, config.cluster.world_size

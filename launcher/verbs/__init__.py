@@ -18,6 +18,11 @@ VERBS = {
     "exposure": Verb("[overrides] [out=json]", "how often each source is read over the run", True),
     "data": Verb("[overrides] [dry=true] [action=verify|import]", "turn raw text into shards, or verify them", True),
     "train": Verb("[overrides]", "train the stages of a run on this machine; goes on where it stopped", True),
+    "rehearse": Verb(
+        "[overrides] [rank=0] [steps=5] [data=real] [profile=true] [out=json]",
+        "one rank of the job alone on this machine's GPU: time and memory beside the plan",
+        True,
+    ),
     "calibrate": Verb("[run ...] [rows=TABLE.csv] out=FOLDER [name=site]", "fit the planner to measured runs", False),
     "submit": Verb("[overrides] [dry=true] [concurrency=N]", "queue a run on a Slurm cluster; goes on where it stopped", True),
     "resume": Verb("<run>", "go on with a run as it is frozen, on its cluster or on this machine", False),

@@ -34,12 +34,16 @@ HASH_CHARACTERS = 6
 SECTIONS = {*SHARED, *PER_STAGE, "hydra"}
 # Written down: importing every verb to ask it would take longer than the verb itself.
 OPTION_OWNERS = {
-    "out": ("plan", "exposure"),
+    "out": ("plan", "exposure", "rehearse"),
     "picture": ("plan",),
     "dry": ("data", "submit"),
     "concurrency": ("submit",),
     "action": ("data",),
     "engine": ("data",),
+    "rank": ("rehearse",),
+    "steps": ("rehearse",),
+    "data": ("rehearse",),
+    "profile": ("rehearse",),
 }
 
 

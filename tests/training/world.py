@@ -7,9 +7,7 @@ import importlib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -71,15 +69,13 @@ def one_rank(layout: Layout, *, rank: int = 0, world_size: int = 1, seed: int = 
     is what that rank would build, and collectives return without having communicated."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    build = parallel_state.initialize_model_parallel
     if world_size == 1:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     else:
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-        build = partial(build, create_gloo_process_groups=False)
     try:
-        with torch.random.fork_rng(devices=[]), mock.patch.object(parallel_state, "initialize_model_parallel", build):
-            yield initialize_parallel(layout, seed=seed, device=torch.device("cpu"), timeout_s=60)
+        with torch.random.fork_rng(devices=[]):
+            yield initialize_parallel(layout, seed=seed, device=torch.device("cpu"), timeout_s=60, gloo=world_size == 1)
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
