@@ -29,9 +29,10 @@ demo: setup
 	$(BIN)/phidias export demo prompt="def main("
 	$(BIN)/phidias report demo
 
-# Two files at a time, the longest first (tests/conftest.py): a third makes ranks of the others wait for each other.
+# Two files at a time, the longest first (tests/conftest.py): a third makes ranks of the others wait for each other. After a
+# worker that crashed xdist hands out no more files: it is not started again, so that the run ends.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 
 # With the cases that take minutes each.
 test-slow: setup

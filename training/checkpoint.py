@@ -91,11 +91,30 @@ class Checkpointer:
         """Restores weights, optimizer and, where there are as many tensor- and pipeline-parallel ranks, the random number
         generators. Into a model that has trained too."""
         same_ranks = all(saved.meta.layout[name] == getattr(self.layout, name) for name in ("tp", "pp"))
+        loaded = self._load(saved, optim, rng={"rng": self._rng_state()} if same_ranks else {})
+        if same_ranks:
+            set_rng(loaded["rng"][0])
+
+    def start_from(self, saved: Saved, optim: Optim) -> None:
+        """Starts a stage from another's optimizer: its fp32 weights, so that nothing is rounded at the border of two stages in
+        bf16, and its moments with their step count or, unless `keep_moments`, new ones."""
+        self._load(saved, optim, rng={})
+        if self.layout.distributed_optimizer:
+            with self.settled_parameters():  # in fp32 what each rank owns is better than what bf16 weights made of the rest
+                for chunk in self.chunks:
+                    chunk.start_param_sync(force_sync=True)
+        if not optim.keep_moments:
+            forget_moments(self.optimizer)
+
+    def load_weights(self, saved: Saved) -> None:
+        """Starts a stage from another's weights in the type they are computed with, where its optimizer is of another form: the
+        moments begin anew."""
+        self._load_weights(self._read(self._model_state(), saved.path))
+        self.optimizer.reload_model_params()
+
+    def _load(self, saved: Saved, optim: Optim, *, rng: dict[str, ShardedObject]) -> dict[str, Any]:
         with self.settled_parameters():
-            state = self._state(saved.meta.sharding, loading=True)
-            if same_ranks:
-                state["rng"] = self._rng_state()
-            loaded = self._read(state, saved.path)
+            loaded = self._read(self._state(saved.meta.sharding, loading=True) | rng, saved.path)
             self._load_weights(loaded)
             try:
                 with torch.no_grad():  # megatron-core's own for one form writes into leaves
@@ -103,18 +122,24 @@ class Checkpointer:
             except AssertionError as error:
                 raise CheckpointError(f"{saved.path} could not be read into this layout's optimizer: {error}") from error
         restore_settings(self.optimizer, optim)
-        if same_ranks:
-            set_rng(loaded["rng"][0])
-
-    def load_weights(self, saved: Saved) -> None:
-        """Starts a stage from another's weights: the optimizer's moments begin anew."""
-        self._load_weights(self._read(self._model_state(), saved.path))
-        self.optimizer.reload_model_params()
+        return loaded
 
     def import_folder(self, folder: Folder, *, model: ModelConfig) -> None:
         """Starts a stage from a Hugging Face folder's weights."""
         import_weights(self.chunks, folder, model=model)
-        self.optimizer.reload_model_params()
+        self.take_main_weights()
+
+    def take_main_weights(self) -> None:
+        """The optimizer's fp32 weights from those that set_weight has just written: of one in FP8 from the value beside it."""
+        named = {name: dict(chunk.named_parameters()) for name, chunk in self._named_chunks()}
+        kept = [one for chunk in named.values() for one in chunk.values() if hasattr(one, "_high_precision_init_val")]
+        exact = {
+            name: {key: getattr(one, "_high_precision_init_val", one) for key, one in chunk.items()}
+            for name, chunk in named.items()
+        }
+        self.optimizer.reload_model_params(exact if kept else None)
+        for parameter in kept:
+            parameter.clear_high_precision_init_val()  # type: ignore[operator]
 
     def _read(self, state: dict[str, Any], path: Path) -> dict[str, Any]:
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -174,3 +199,14 @@ def restore_settings(optimizer: MegatronOptimizer, optim: Optim) -> None:
         group.update(max_lr=optim.lr, min_lr=optim.min_lr, betas=tuple(optim.betas), eps=optim.eps)
         if "start_wd" in group:
             group.update(start_wd=optim.weight_decay, end_wd=optim.weight_decay)
+
+
+@torch.no_grad()
+def forget_moments(optimizer: MegatronOptimizer) -> None:
+    """Leaves Adam as it is before its first step; the weights stay."""
+    for group in optimizer.param_groups:
+        group.pop("step", None)
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for state in part.state.values():
+            state["exp_avg"].zero_()
+            state["exp_avg_sq"].zero_()

@@ -25,16 +25,28 @@ def leave_uninitialised(weight: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def initialize_parameters(chunks: Sequence[GPTModel], *, model: ModelConfig, seed: int) -> None:
-    """Fills every parameter of this rank's chunks."""
+def initialize_parameters(chunks: Sequence[GPTModel], *, model: ModelConfig, seed: int, quick: bool = False) -> None:
+    """Fills every parameter of this rank's chunks. `quick`: drawn on the device from the same distribution, other values in
+    each layout, where nobody trains on them."""
     for name, parameter in (named for chunk in chunks for named in global_parameters(chunk)):
         if name.endswith("bias"):
             parameter.zero_()
         elif parameter.dim() == 1:
             parameter.fill_(1.0)
+        elif quick:
+            set_weight(parameter, torch.randn(parameter.shape, device=parameter.device) * deviation(name, model))
         else:
             full = draw(name, shape=full_shape(parameter), model=model, seed=seed)
-            parameter.copy_(local_shard(full, parameter, gated=is_gated(name, model)))
+            set_weight(parameter, local_shard(full, parameter, gated=is_gated(name, model)))
+
+
+@torch.no_grad()
+def set_weight(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
+    """Also what the optimizer's main weight begins as, where the parameter itself is kept in FP8: transformer-engine keeps a
+    value in bf16 beside it until the optimizer has taken it."""
+    parameter.copy_(value)
+    if hasattr(parameter, "get_high_precision_init_val"):
+        parameter._high_precision_init_val = value.to("cpu", parameter.dtype)  # type: ignore[attr-defined]
 
 
 def global_parameters(chunk: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -55,8 +67,12 @@ def draw(name: str, *, shape: tuple[int, ...], model: ModelConfig, seed: int) ->
     """The whole parameter, fp32, on the CPU."""
     key = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(key, "little"))
-    scale = 1 / math.sqrt(2 * model.num_layers) if name.endswith(RESIDUAL_WRITERS) else 1.0
-    return torch.randn(shape, generator=generator, device="cpu") * (model.init_method_std * scale)
+    return torch.randn(shape, generator=generator, device="cpu") * deviation(name, model)
+
+
+def deviation(name: str, model: ModelConfig) -> float:
+    """Standard deviation of a parameter's initial values."""
+    return model.init_method_std * (1 / math.sqrt(2 * model.num_layers) if name.endswith(RESIDUAL_WRITERS) else 1.0)
 
 
 def is_gated(name: str, model: ModelConfig) -> bool:

@@ -1,5 +1,7 @@
 """From the config to Megatron's model: its TransformerConfig with every field that matters set, layer specs, chunks, DDP."""
 
+import re
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -18,15 +20,19 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from launcher.config.hardware import Hardware
 from launcher.config.schema import Layout, ModelConfig, Precision, StageConfig
 from launcher.plan.overlap import overlaps_tensor_parallel
+from training import wgrad
 from training.errors import PrecisionError
 from training.initialize import initialize_parameters, leave_uninitialised
 from training.modules import CausalAttention, LayerNorm, RMSNorm
 from training.packing import is_packed
+from training.rope import inverse_frequencies, softmax_scale
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Megatron splits the first linear layer of a gated MLP in two; SwiGLU is SiLU on the gate.
 ACTIVATIONS = {"swiglu": (True, F.silu), "gelu": (False, F.gelu), "squared_relu": (False, lambda x: torch.square(F.relu(x)))}
 NORMS = {"rmsnorm": ("RMSNorm", RMSNorm), "layernorm": ("LayerNorm", LayerNorm)}
+# Of transformer-engine, that megatron-core 0.16.1 was made for: from the first one to before the second.
+TE_VERSIONS = ((2, 9), (2, 12))
 
 
 def have_transformer_engine() -> bool:
@@ -37,7 +43,8 @@ def have_transformer_engine() -> bool:
 
 
 def refuse_undeliverable(precision: Precision) -> None:
-    """megatron-core without transformer-engine trains in bf16 where FP8 was asked for, and says nothing. Refuse instead."""
+    """megatron-core without transformer-engine trains in bf16 where FP8 was asked for, and says nothing. Refuse instead, and
+    where transformer-engine is another one or cannot compute the recipe on this device."""
     if torch.cuda.is_available() and not have_transformer_engine():
         raise PrecisionError(
             "found a GPU without transformer-engine; the layers and the optimizer of GPU ranks come from it. "
@@ -48,6 +55,35 @@ def refuse_undeliverable(precision: Precision) -> None:
             f"precision.fp8: found {precision.fp8!r} on a machine without transformer-engine or CUDA; FP8 would silently "
             "become bf16. Fix: precision=bf16, or run on Hopper GPUs with pip install 'phidias[gpu]'"
         )
+    if have_transformer_engine():
+        refuse_unfit_engine(precision)
+
+
+def refuse_unfit_engine(precision: Precision) -> None:
+    found, first, end = engine_version(), *(".".join(map(str, bound)) for bound in TE_VERSIONS)
+    numbers = tuple(int(number) for number in re.findall(r"\d+", found)[:2])
+    if not TE_VERSIONS[0] <= numbers < TE_VERSIONS[1]:
+        raise PrecisionError(
+            f"found transformer-engine {found}; megatron-core 0.16.1 is made for {first} up to, not including, {end}. "
+            "Fix: pip install 'phidias[gpu]'"
+        )
+    if precision.fp8 and (reason := unavailable(precision.fp8)):
+        raise PrecisionError(
+            f"precision.fp8: found {precision.fp8!r}, which transformer-engine {found} does not compute here: {reason} "
+            "Fix: another recipe (precision=fp8_tensorwise), or precision=bf16"
+        )
+
+
+def engine_version() -> str:
+    return version("transformer-engine")
+
+
+def unavailable(recipe: str) -> str:
+    """Why transformer-engine cannot compute an FP8 recipe on this device; empty where it can."""
+    from transformer_engine.pytorch import quantization
+
+    is_available = {"blockwise": quantization.is_fp8_block_scaling_available}.get(recipe, quantization.is_fp8_available)
+    return str(is_available(return_reason=True)[1])
 
 
 def transformer_config(stage: StageConfig, *, model: ModelConfig, hardware: Hardware | None = None) -> TransformerConfig:
@@ -72,6 +108,7 @@ def transformer_config(stage: StageConfig, *, model: ModelConfig, hardware: Hard
         attention_dropout=model.attention_dropout,
         init_method_std=model.init_method_std,
         attention_softmax_in_fp32=True,
+        softmax_scale=softmax_scale(stage.stage, kv_channels=model.kv_channels),
         apply_query_key_layer_scaling=False,
         # Loss is a sum over tokens divided once by their number, whatever the micro batch or the layout.
         calculate_per_token_loss=True,
@@ -82,19 +119,36 @@ def transformer_config(stage: StageConfig, *, model: ModelConfig, hardware: Hard
         output_layer_init_method=leave_uninitialised,
         embedding_init_method=leave_uninitialised,
         use_cpu_initialization=not torch.cuda.is_available(),
-        # On GPUs the activation and the rotary embedding are one kernel each, as the planner counts them, and keep less. Other
-        # fusions are measured and switched on where they help; none changes the arithmetic asked for.
+        # On GPUs the activation, the rotary embedding and the loss are one kernel each, as the planner counts them, and keep
+        # less; weight gradients are summed by the product that computes them. None changes the arithmetic asked for. Others
+        # have nothing to fuse: a bias or dropout behind attention and MLP, a softmax apart from the attention kernel.
         bias_activation_fusion=fuses_activation(model),
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=torch.cuda.is_available(),
-        gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         deterministic_mode=stage.stage.deterministic,
-        cross_entropy_loss_fusion=False,
         tp_comm_overlap=overlaps_tensor_parallel(stage, hardware=hardware) and have_transformer_engine(),
         **_layout_fields(stage.layout, has_variable_lengths=is_packed(stage) and stage.layout.cp > 1),
+        **_kernel_fields(stage.layout),
         **_precision_fields(stage.precision),
+    )
+
+
+def _kernel_fields(layout: Layout) -> dict[str, Any]:
+    """What of the layout concerns GPUs alone."""
+    on_gpu = torch.cuda.is_available()
+    impl = layout.cross_entropy_fusion_impl if on_gpu else "none"
+    return dict(
+        gradient_accumulation_fusion=on_gpu,
+        cross_entropy_loss_fusion=impl != "none",
+        cross_entropy_fusion_impl="native" if impl == "none" else impl,
+        cuda_graph_impl=layout.cuda_graph_impl,
+        cuda_graph_scope=[],  # a whole layer
+        cpu_offloading=layout.cpu_offloading_num_layers > 0,
+        cpu_offloading_num_layers=layout.cpu_offloading_num_layers,
+        cpu_offloading_activations=True,
+        cpu_offloading_weights=False,
     )
 
 
@@ -188,7 +242,7 @@ def block_spec(config: TransformerConfig, *, normalization: str, vp_stage: int |
 
 def build_chunk(stage: StageConfig, *, model: ModelConfig, config: TransformerConfig, vp_stage: int | None) -> GPTModel:
     """The part of the model this rank holds in one virtual pipeline stage, with memory not yet initialised."""
-    return GPTModel(
+    chunk = GPTModel(
         config,
         block_spec(config, normalization=model.normalization, vp_stage=vp_stage),
         vocab_size=model.padded_vocab_size,
@@ -201,22 +255,33 @@ def build_chunk(stage: StageConfig, *, model: ModelConfig, config: TransformerCo
         position_embedding_type="rope",
         rotary_percent=1.0,
         rotary_base=stage.stage.rotary_base,
-        rope_scaling=False,
+        rope_scaling=False,  # of Llama 3
         vp_stage=vp_stage,
     )
+    if stage.stage.rope_scaling is not None:
+        chunk.rotary_pos_emb.inv_freq = inverse_frequencies(stage.stage, kv_channels=model.kv_channels)
+    return chunk
 
 
 def build_model(
-    stage: StageConfig, *, model: ModelConfig, seed: int, hardware: Hardware | None = None, bucket_size: int | None = None
+    stage: StageConfig,
+    *,
+    model: ModelConfig,
+    seed: int,
+    hardware: Hardware | None = None,
+    bucket_size: int | None = None,
+    quick: bool = False,
 ) -> list[DistributedDataParallel]:
     """This rank's model chunks, initialised from the seed alone and wrapped for data-parallel training. `bucket_size` in
-    elements, where it is not Megatron's own for this data-parallel size."""
+    elements, where it is not Megatron's own for this data-parallel size. `quick`: initialize_parameters says."""
     config, layout = transformer_config(stage, model=model, hardware=hardware), stage.layout
     if config.tp_comm_overlap:
         initialize_user_buffers(stage, model=model)
+    if config.gradient_accumulation_fusion:
+        wgrad.install()
     stages = range(layout.vpp) if layout.vpp > 1 else [None]
     chunks = [build_chunk(stage, model=model, config=config, vp_stage=vp_stage) for vp_stage in stages]
-    initialize_parameters(chunks, model=model, seed=seed)
+    initialize_parameters(chunks, model=model, seed=seed, quick=quick)
     if torch.cuda.is_available():
         chunks = [chunk.cuda() for chunk in chunks]
     if config.bf16:

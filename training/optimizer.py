@@ -9,11 +9,14 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from launcher.config.schema import StageConfig
 from launcher.plan.stage import StagePlan
 from training.model import DTYPES
+from training.parallel import has_gloo_groups
 
 
 def build_optimizer(stage: StageConfig, *, chunks: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
     """AdamW. Weight decay skips parameters of one dimension (norms) and biases: Megatron's standard override."""
     optim, precision, layout = stage.optim, stage.precision, stage.layout
+    in_bf16 = precision.moments_dtype == "bf16"
+    moments = DTYPES[precision.moments_dtype]
     config = OptimizerConfig(
         optimizer="adam",
         lr=optim.lr,
@@ -27,11 +30,17 @@ def build_optimizer(stage: StageConfig, *, chunks: Sequence[DistributedDataParal
         bf16=precision.params_dtype == "bf16",
         fp16=False,
         params_dtype=DTYPES[precision.params_dtype],
-        fp8_recipe=precision.fp8,
+        # With moments in bf16, main weights would otherwise move into transformer-engine's optimizer, out of reach of what
+        # looks at them; for a recipe that scales each tensor by itself they stay. Nothing else is made of the name here
+        # (distrib_optimizer.py:364 asks for delayed scaling's weights in FP8, which check_moments refuses).
+        fp8_recipe="tensorwise" if in_bf16 and precision.fp8 in (None, "delayed") else precision.fp8,
+        use_precision_aware_optimizer=in_bf16,
+        exp_avg_dtype=moments,
+        exp_avg_sq_dtype=moments,
         use_distributed_optimizer=layout.distributed_optimizer,
         overlap_param_gather=layout.overlap_param_gather,
     )
-    return get_megatron_optimizer(config, list(chunks))
+    return get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=has_gloo_groups())
 
 
 def build_schedule(stage: StageConfig, *, plan: StagePlan, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

@@ -79,6 +79,9 @@ def rank_settings(cluster: Cluster, *, cores: int) -> dict[str, str]:
     ours = {"OMP_NUM_THREADS": str(max(1, cores)), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     if cluster.gpu is None:
         ours["CUDA_VISIBLE_DEVICES"] = ""  # CPU ranks were asked for, also where there are GPUs
+    else:
+        # Segments that grow leave little unused between tensors of many sizes; CUDA graphs then want NCCL not to register them.
+        ours |= {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "NCCL_GRAPH_REGISTER": "0"}
     return {**ours, **cluster.env}
 
 

@@ -138,14 +138,18 @@ def head_activations(
 ) -> tuple[Saved, ...]:
     """What the last pipeline stage keeps besides its layers: final norm, output matrix, cross-entropy.
 
-    Megatron's unfused cross-entropy turns an fp32 copy of the logits into the softmax, in place, and later into the gradient.
-    Where logits are bf16, they are alive beside that copy until the loss is there; so is, as large, the gradient's copy in bf16
-    at the start of the backward pass: the "transient" row is either."""
+    Megatron's cross-entropy turns an fp32 copy of the logits into the softmax, in place, and later into the gradient. Where
+    logits are bf16, they are alive beside that copy until the loss is there; so is, as large, the gradient's copy in bf16 at
+    the start of the backward pass: the "transient" row is either. transformer-engine's turns the logits themselves into their
+    gradient, and keeps no copy."""
     rank = _Rank(model, layout, precision, seq_length, on_gpu)
+    head = (*_norm(rank, "final norm"), Saved(LOGITS, "input of the output matrix", rank.width * rank.residual))  # never in FP8
+    if on_gpu and layout.cross_entropy_fusion_impl == "te":
+        statistics = Saved(TRANSIENT, "maximum and sum of each token (fp32), of all ranks", 12 * rank.tokens * layout.tp)
+        return (*head, Saved(LOGITS, "logits, then their gradient", rank.width * rank.logits), statistics)
     beside = Saved(TRANSIENT, "logits in bf16, then their gradient in bf16", 2 * rank.logits)
     return (
-        *_norm(rank, "final norm"),
-        Saved(LOGITS, "input of the output matrix", rank.width * rank.residual),  # the head is not in FP8
+        *head,
         Saved(LOGITS, "softmax in fp32", 4 * rank.logits),
         Saved(LOGITS, "labels of this part of the vocabulary (int64), mask of the others", (8 + 1) * rank.tokens),
         *([beside] if precision.params_dtype == "bf16" else []),

@@ -13,7 +13,7 @@ from launcher.plan.device import ATTENTION_BACKWARD_FLOPS, ATTENTION_BACKWARD_RA
 from launcher.plan.network import Fabric
 from launcher.plan.overlap import overlaps_tensor_parallel
 
-# An eager layer of transformer-engine keeps the host busy for so long, each way: below it the GPU waits. Chosen.
+# A layer of transformer-engine that is no CUDA graph keeps the host busy for so long, each way: below it the GPU waits. Chosen.
 HOST_LAYER_S = 3e-4
 # Bytes a logit through the fused cross-entropy: bf16 read, fp32 passes for maximum, sum and softmax; then the gradient.
 LOSS_FORWARD_BYTES, LOSS_BACKWARD_BYTES = 16, 8
@@ -104,6 +104,8 @@ class LayerCost:
             backward += core.forward
         if "mlp" in modules:
             backward += mlp.forward
+        if self.layout.cuda_graph_impl != "none":  # a layer is one launch
+            return Passes(forward, backward)
         return Passes(waiting_for_host(forward), waiting_for_host(backward))
 
     def gemms(self, *, compute: Compute) -> Iterator[tuple[str, Gemm]]:

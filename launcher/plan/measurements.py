@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from launcher.config.auto import LAYOUT_PLACEHOLDER
+from launcher.config.auto import KERNELS, LAYOUT_PLACEHOLDER
 from launcher.config.check_layout import LAYOUT_RULES
 from launcher.config.check_precision import PRECISION_RULES
 from launcher.config.errors import ConfigError, Problem
@@ -140,7 +140,7 @@ def layout_of(row: Row) -> Layout:
         account_for_loss_in_pipeline_split=counted, recompute_modules=("mlp",),
         num_layers_in_first_pipeline_stage=None, num_layers_in_last_pipeline_stage=None,
     )  # fmt: skip
-    return Layout(**{**LAYOUT_PLACEHOLDER, **changes})
+    return Layout(**{**LAYOUT_PLACEHOLDER, **KERNELS, **changes})
 
 
 def stage_settings(seq_length: int, *, batch: int) -> dict[str, Any]:

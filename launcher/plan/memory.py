@@ -143,7 +143,7 @@ class Memory:
             "FP8 weights": 2.0 * matrices,
             "gradients": (4.0 if precision.grad_reduce_in_fp32 else width) * count,
             "main weights": 4.0 * count / shards if width < 4 else 0.0,
-            "optimizer states": 8.0 * count / shards,
+            "optimizer states": (8.0 if precision.moments_dtype == "fp32" else 4.0) * count / shards,
         }
 
     @cached_property
@@ -180,7 +180,9 @@ class Memory:
     def _chunk(self, index: int, chunk: int) -> dict[str, float]:
         """What one microbatch leaves in one chunk."""
         layout = self.layout
-        count, plain = self._chunks[index][chunk], self._plain_layers[index][chunk]
+        # Of the layers whose activations are on the host two are on the device: one that leaves, and one that comes back.
+        away = max(0, layout.cpu_offloading_num_layers - 2)
+        count, plain = self._chunks[index][chunk] - away, self._plain_layers[index][chunk]
         is_first, is_last = (index, chunk) == (0, 0), (index, chunk) == (layout.pp - 1, layout.vpp - 1)
         found = scaled(self.activations.layer, count - plain)
         parts: list[Bytes] = [scaled(self.activations.plain_layer, plain)] if plain else []

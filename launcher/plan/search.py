@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from heapq import heapify, heappop
 
-from launcher.config.auto import LAYOUT_PLACEHOLDER, PRECISION_PLACEHOLDER, Free
+from launcher.config.auto import KERNELS, LAYOUT_PLACEHOLDER, PRECISION_PLACEHOLDER, Free
 from launcher.config.check_layout import LAYOUT_RULES
 from launcher.config.check_precision import check_bf16_layers, check_fp8_shapes
 from launcher.config.errors import ConfigError, LayoutError, Problem
@@ -123,10 +123,12 @@ def candidates(stage: StageConfig, *, config: RunConfig, hardware: Hardware, fre
 
 
 def layout_choices(stage: StageConfig, *, config: RunConfig, free: Free) -> Iterator[Layout]:
-    """Nested choices, each of those that divide what is left. Where some fields are set, the config's own rules have the last
-    word on what goes with them."""
+    """Nested choices, each of those that divide what is left. Where some fields are set, or kernels have rules of their own,
+    the config's rules have the last word on what goes with them."""
+    kernels = any(getattr(stage.layout, name) != KERNELS[name] for name in ("cuda_graph_impl", "cpu_offloading_num_layers"))
+    is_open = free.layout >= SEARCHED and not kernels
     for layout in every_layout(stage, config=config, free=free):
-        if free.layout >= SEARCHED or keeps_rules(layout, stage=stage, config=config):
+        if is_open or keeps_rules(layout, stage=stage, config=config):
             yield layout
 
 
@@ -266,7 +268,9 @@ def precision_choices(stage: StageConfig, *, hardware: Hardware, free: Free) -> 
         unlike = any(tree[name] != kept[name] for name in ("fp8", "params_dtype") if name in kept)
         if unlike or (tree["fp8"] and tree["fp8"] not in hardware.fp8) or (tree["fp8"] == "delayed" and in_bf16):
             continue
-        yield Precision(**{**tree, "fp8_param_gather": tree["fp8"] is not None, **kept})
+        moments = stage.precision.moments_dtype
+        gathers = tree["fp8"] is not None and not (tree["fp8"] == "delayed" and moments == "bf16")  # check_moments
+        yield Precision(**{**tree, "fp8_param_gather": gathers, "moments_dtype": moments, **kept})
 
 
 def fp8_fits(layout: Layout, precision: Precision, *, stage: StageConfig, config: RunConfig) -> bool:
@@ -354,7 +358,7 @@ def nothing_fits(found: Found, *, stage: StageConfig, config: RunConfig, hardwar
 
 
 # What an engineer assumes of a layout unless told otherwise.
-USUAL = {**LAYOUT_PLACEHOLDER, "recompute_modules": ("mlp",)}
+USUAL = {**LAYOUT_PLACEHOLDER, **KERNELS, "recompute_modules": ("mlp",)}
 
 
 def describe(layout: Layout, *, than: Layout | None = None) -> str:

@@ -59,6 +59,11 @@ MATRICES = 32 * layer_matrices(LLAMA.model)
             {"grad_reduce_in_fp32": False},
             {"weights": 2 * P, "gradients": 2 * P, "main weights": 4 * P / 32, "optimizer states": 8 * P / 32},
         ),
+        (
+            "bf16",
+            {"moments_dtype": "bf16"},
+            {"weights": 2 * P, "gradients": 4 * P, "main weights": 4 * P / 32, "optimizer states": 4 * P / 32},
+        ),
         ("fp32", {}, {"weights": 4 * P, "gradients": 4 * P, "optimizer states": 8 * P / 32}),
         (
             "fp8_delayed",
@@ -83,7 +88,7 @@ MATRICES = 32 * layer_matrices(LLAMA.model)
             },
         ),
     ],
-    ids=["bf16", "bf16 gradients", "fp32", "fp8", "fp8 gathered"],
+    ids=["bf16", "bf16 gradients", "bf16 moments", "fp32", "fp8", "fp8 gathered"],
 )
 def test_states_by_hand(precision, fields, wanted):
     (stage,) = memory(precision=precision, precision_fields=fields).stages
@@ -127,12 +132,24 @@ def test_a_layer_in_bf16_by_hand():
 
 
 def test_logits_by_hand():
-    """Of the last stage: input of the output matrix, fp32 softmax, labels, and bf16 logits beside it for a moment."""
-    (stage,) = memory().stages
+    """Of the last stage: input of the output matrix and, of transformer-engine's loss, the logits, in place of which their
+    gradient comes, with three fp32 numbers a token; of Megatron's own, fp32 softmax, labels, and bf16 logits beside it for a
+    moment."""
     tokens, vocabulary = 4096, LLAMA.model.padded_vocab_size
-    assert stage.by_component["logits and loss"] == tokens * (2 * 4096 + 4 * vocabulary + 9 + 2 * vocabulary)
+    found = {
+        impl: memory(cross_entropy_fusion_impl=impl).stages[0].by_component["logits and loss"] for impl in ("te", "native")
+    }
+    assert found["te"] == tokens * (2 * 4096 + 2 * vocabulary + 12)
+    assert found["native"] == tokens * (2 * 4096 + 4 * vocabulary + 9 + 2 * vocabulary)
     first, last = memory(pp=2, batch=512).stages
     assert "logits and loss" not in first.by_component and "logits and loss" in last.by_component
+
+
+def test_layers_on_the_host():
+    """All but the two that are on their way."""
+    (kept,), (away,) = memory().stages, memory(cpu_offloading_num_layers=20).stages
+    for name in ("activations: attention", "activations: mlp"):
+        assert away.by_component[name] == pytest.approx(kept.by_component[name] * 14 / 32)
 
 
 def test_microbatches_in_flight():

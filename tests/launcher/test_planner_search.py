@@ -363,3 +363,14 @@ def test_a_search_is_quick():
         start = time.perf_counter()
         search(config.stages[0], config=config, hardware=config.hardware, free=Free(SEARCHED))
         assert time.perf_counter() - start < limit
+
+
+# Kernels
+
+
+def test_kernels_are_not_searched_and_keep_their_rules():
+    """Activations are offloaded without a pipeline and without recomputation."""
+    stage, _ = auto("layout.cpu_offloading_num_layers=8", base=[*SMALL, *TINY, "model.num_layers=12"])
+    layout = stage.layout
+    assert (layout.cpu_offloading_num_layers, layout.pp, layout.recompute) == (8, 1, "none")
+    assert layout.cross_entropy_fusion_impl == "te"

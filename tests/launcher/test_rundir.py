@@ -102,6 +102,7 @@ def test_what_may_change_is_amended_and_recorded(demo, word):
     assert read_json(run.plan)[0]["tokens"] == changed.stages[0].stage.tokens
 
 
+SCALED = "{rope_type: linear, factor: 2.0, original_max_position_embeddings: 128, beta_fast: null, beta_slow: null}"
 # overrides, the path refused, frozen and new value as shown
 FIXED = [
     (["model.num_layers=2"], "model.num_layers", "4", "2"),
@@ -112,6 +113,13 @@ FIXED = [
     (["data.held_out_fraction=0.1"], "data.held_out_fraction", "0.05", "0.1"),
     (["stage.seq_length=256"], "stages.demo_pretrain.stage.seq_length", "128", "256"),
     (["stage.rotary_base=5"], "stages.demo_pretrain.stage.rotary_base", "10000", "5"),
+    (
+        ["model.family=llama", f"stage.rope_scaling={SCALED}"],
+        "stages.demo_pretrain.stage.rope_scaling",
+        "null",
+        "{'rope_type': 'linear'",
+    ),
+    (["stage.init_from=/hf/phi-4"], "stages.demo_pretrain.stage.init_from", "null", "'/hf/phi-4'"),
     (["mixture.sources.code.format=text"], "stages.demo_pretrain.mixture.sources.code.format", "'jsonl'", "'text'"),
     (["+mixture.windows=best_fit"], "stages.demo_pretrain.mixture.windows", "'stream'", "'best_fit'"),
     (["stage.eod_mask_loss=true"], "stages.demo_pretrain.stage.eod_mask_loss", "false", "true"),

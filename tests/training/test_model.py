@@ -40,8 +40,8 @@ TRANSFORMER_DEFAULTS = {
         moe_permute_fusion moe_router_fusion moe_apply_probs_on_input moe_latent_size moe_deepep_num_sms moe_hybridep_num_sms
         overlap_moe_expert_parallel_comm delay_wgrad_compute ep_overlap_early_attn_memory_release
         use_fused_weighted_squared_relu""",
-    "plain causal softmax attention with rotary positions in every layer, scaled by 1/sqrt(kv_channels)": """
-        multi_latent_attention softmax_scale softmax_type window_size window_attn_skip_freq qk_layernorm qk_l2_norm qk_clip
+    "plain causal softmax attention with rotary positions in every layer": """
+        multi_latent_attention softmax_type window_size window_attn_skip_freq qk_layernorm qk_l2_norm qk_clip
         qk_clip_alpha qk_clip_threshold log_max_attention_logit attention_output_gate no_rope_freq rotary_interleaved
         fused_single_qkv_rope mrope_section experimental_attention_variant dsa_indexer_n_heads dsa_indexer_head_dim
         dsa_indexer_topk dsa_indexer_loss_coeff dsa_indexer_use_sparse_loss linear_attention_freq linear_conv_kernel_dim
@@ -81,15 +81,14 @@ TRANSFORMER_DEFAULTS = {
         kitchen_attention_backend""",
     "recomputation is for every micro batch alike, and saved activations stay where they are": """
         num_microbatches_with_partial_activation_checkpoints distribute_saved_activations""",
-    "memory is saved by sharding and recomputation, not by offloading to the host": """
-        cpu_offloading cpu_offloading_num_layers _cpu_offloading_context cpu_offloading_activations cpu_offloading_weights
-        cpu_offloading_double_buffering fine_grained_activation_offloading offload_modules min_offloaded_tensor_size""",
-    "needs gradient_accumulation_fusion, which is off": "defer_embedding_wgrad_compute wgrad_deferral_limit",
-    "cross_entropy_loss_fusion is off": "cross_entropy_fusion_impl",
+    "whole layers are offloaded; Megatron sets the context itself": """
+        _cpu_offloading_context cpu_offloading_double_buffering fine_grained_activation_offloading offload_modules
+        min_offloaded_tensor_size""",
+    "the embedding's gradients are computed with the others": "defer_embedding_wgrad_compute wgrad_deferral_limit",
     "the clone lets the embedding's input be freed": "clone_scatter_output_in_embedding",
-    "no CUDA graphs": """
+    "CUDA graphs as Megatron captures them; deprecated names": """
         enable_cuda_graph cuda_graph_use_single_mempool cuda_graph_retain_backward_graph cuda_graph_warmup_steps
-        external_cuda_graph cuda_graph_impl cuda_graph_scope""",
+        external_cuda_graph""",
     "inference only": """
         flash_decode inference_rng_tracker inference_sampling_seed use_inference_optimized_layers
         inference_fuse_tp_communication mlp_chunks_for_prefill""",
@@ -118,9 +117,7 @@ DDP_DEFAULTS = {
 OPTIMIZER_DEFAULTS = {
     "one learning rate for every parameter": "decoupled_lr decoupled_min_lr",
     "no norms on queries and keys": "apply_wd_to_qk_layernorm",
-    "master weights, gradients and moments in fp32": """
-        use_precision_aware_optimizer store_param_remainders main_grads_dtype main_params_dtype exp_avg_dtype
-        exp_avg_sq_dtype""",
+    "main weights and gradients in fp32": "store_param_remainders main_grads_dtype main_params_dtype",
     "fp16 only: bf16 needs no loss scaling": "loss_scale initial_loss_scale min_loss_scale loss_scale_window hysteresis",
     "other optimizers": """
         sgd_momentum muon_momentum muon_split_qkv muon_use_nesterov muon_scale_mode muon_fp32_matmul_prec muon_num_ns_steps
@@ -155,6 +152,8 @@ def seams() -> Iterator[None]:
 def capture(monkeypatch: pytest.MonkeyPatch) -> Capture:
     """The arguments that a stage gives megatron's TransformerConfig, as on a machine where FP8 can be had."""
     monkeypatch.setattr(training_model, "have_transformer_engine", lambda: True)
+    monkeypatch.setattr(training_model, "engine_version", lambda: "2.11.0")
+    monkeypatch.setattr(training_model, "unavailable", lambda recipe: "")
     monkeypatch.setattr(training_model, "TransformerConfig", lambda **arguments: arguments)
     return lambda **changes: transformer_config(stage(**changes), model=model())
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from launcher.config.schema import ModelConfig, RunConfig, StageConfig
 from launcher.plan.foreign import Folder, check_folder
 from launcher.rundir.checkpoints import CheckpointError
-from training.initialize import full_shape, global_parameters, is_gated, local_shard
+from training.initialize import full_shape, global_parameters, is_gated, local_shard, set_weight
 from training.interop.families import FAMILIES
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -51,7 +51,7 @@ def import_weights(chunks: Sequence[Any], folder: Folder, *, model: ModelConfig)
     with FolderReader(folder) as reader:
         for chunk in unwrap_model(list(chunks)):
             for name, parameter in global_parameters(chunk):
-                parameter.copy_(read_parameter(reader, name, parameter, model=model))
+                set_weight(parameter, read_parameter(reader, name, parameter, model=model))
         return reader.num_bytes
 
 
