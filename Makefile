@@ -36,7 +36,7 @@ test: setup
 
 # With the cases that take minutes each.
 test-slow: setup
-	PHIDIAS_SLOW=1 $(BIN)/python -m pytest tests/training/test_ranks.py tests/training/test_wandb.py tests/training/test_import.py tests/launcher/test_planner_search.py tests/slurm tests/endtoend
+	PHIDIAS_SLOW=1 $(BIN)/python -m pytest tests/training/test_ranks.py tests/training/test_wandb.py tests/training/test_import.py tests/training/test_downstream.py tests/training/test_tasks.py tests/launcher/test_planner_search.py tests/slurm tests/endtoend
 
 # Faults of every kind at random moments, 200 in all: up to an hour, best on a machine with nothing else to do.
 chaos: setup

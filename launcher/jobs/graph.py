@@ -26,17 +26,29 @@ BYTES_PER_PARAMETER, SPARE_GIB = 8, 16
 
 @dataclass(frozen=True)
 class Planned:
-    """A job to be: what it does, and its sbatch line but for the job it waits for. `environment`: NAME=value words."""
+    """A job to be: what it does, and its sbatch line but for the job it waits for. `environment`: NAME=value words. `needs`:
+    what must have ended well before, of what is queued with it, by its title; None: the job before it. `behind`: the stage that
+    it exports or evaluates, None of data and stages."""
 
     what: str
     environment: tuple[str, ...]
     options: tuple[str, ...]
     script: Path
     words: tuple[str, ...] = ()
+    needs: tuple[str, ...] | None = None
+    behind: str | None = None
 
-    def line(self, *, after: str | None) -> list[str]:
-        """`after`: the job that must have ended well; where it does not, this one is cancelled."""
-        waiting = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
+    @property
+    def title(self) -> str:
+        """`pretrain`, or `pretrain.export`."""
+        return self.what if self.behind is None else f"{self.behind}.{self.what}"
+
+    def line(self, *, after: str | None, behind: str | None = None) -> list[str]:
+        """`after`: the job that must have ended well; where it does not, this one is cancelled. `behind`: one that must have
+        ended in any way, for a run is at work on one stage at a time."""
+        kinds = {"afterok": after, "afterany": behind}
+        waits = ",".join(f"{kind}:{job}" for kind, job in kinds.items() if job)
+        waiting = [f"--dependency={waits}", "--kill-on-invalid-dep=yes"] if waits else []
         return ["env", *self.environment, "sbatch", "--parsable", *self.options, *waiting, str(self.script), *self.words]
 
 
@@ -62,7 +74,26 @@ def stage_job(config: RunConfig, *, run: RunDir, stage: str, code: Path) -> Plan
         *site_flags(config.cluster),
         "--export=ALL",
     )
-    return Planned(stage, environment(config.cluster, code=code, ranks=True), options, code / "slurm/pretrain.sh")
+    parent = config.stage(stage).stage.parent
+    needs = (DATA, parent) if parent else (DATA,)
+    return Planned(stage, environment(config.cluster, code=code, ranks=True), options, code / "slurm/pretrain.sh", needs=needs)
+
+
+def waits_of(jobs: Sequence[Planned], *, number: int, after: str | None, ids: Sequence[str]) -> tuple[str | None, str | None]:
+    """For which jobs one of them waits: that it must end well, and the one it is queued behind. `ids`: of those before it;
+    `after`: what the first waits for. A branch of a run so goes on where another branch has failed, and no stage waits for an
+    export or evaluation."""
+    job, before = jobs[number], {job.title: job_id for job, job_id in zip(jobs, ids, strict=False)}
+    if job.behind is not None:
+        needed = [before[title] for title in job.needs or () if title in before]
+        return (needed[-1] if needed else after), None
+    chain = [job_id for one, job_id in zip(jobs, ids, strict=False) if one.behind is None]
+    if not chain:
+        return after, None
+    if job.needs is None:
+        return chain[-1], None
+    needed = [before[what] for what in job.needs if what in before] or ([after] if after else [])
+    return ":".join(needed) or None, chain[-1] if chain[-1] not in needed else None
 
 
 def sweep_job(configs: Sequence[RunConfig], *, runs: Path, code: Path, concurrency: int) -> Planned:
@@ -79,15 +110,23 @@ def sweep_job(configs: Sequence[RunConfig], *, runs: Path, code: Path, concurren
     return Planned("sweep", environment(config.cluster, code=code, ranks=True), options, code / "slurm/pretrain.sh")
 
 
-def after_job(config: RunConfig, *, run: RunDir, what: str, code: Path) -> Planned:
-    """`phidias export` or `phidias eval` of the run's last stage."""
+def after_job(config: RunConfig, *, run: RunDir, what: str, stage: str, code: Path) -> Planned:
+    """`phidias export` or `phidias eval` of a stage of the run; that measures tasks, also of the checkpoints that were kept."""
     gib = ceil(count_parameters(config.model).total * BYTES_PER_PARAMETER / 2**30) + SPARE_GIB
     gpu = ("--gpus-per-node=1",) if what == EVAL and config.cluster.gpu else ()
-    about = (f"--job-name={config.run.name}.{what}", output(run, name=f"{what}_%j"))
+    name = f"{stage}.{what}" if config.run.after_stages else what
+    about = (f"--job-name={config.run.name}.{name}", output(run, name=f"{name}_%j"))
     options = (*about, "--nodes=1", "--ntasks=1", f"--mem={gib}G", *gpu, *site_flags(config.cluster, on_cpus=not gpu))
-    words = (what, run.root.name, f"runs_dir={run.root.resolve().parent}", f"stage={config.run.stages[-1]}")
+    every = ("steps=all",) if what == EVAL and has_curve(config, stage=stage) else ()
+    words = (what, run.root.name, f"runs_dir={run.root.resolve().parent}", f"stage={stage}", *every)
     place = environment(config.cluster, code=code, ranks=False)
-    return Planned(what, place, (*options, "--export=ALL"), code / "slurm/phidias.sh", words)
+    needs = (stage, f"{stage}.{EXPORT}")[: 1 if what == EXPORT else 2]
+    return Planned(what, place, (*options, "--export=ALL"), code / "slurm/phidias.sh", words, needs=needs, behind=stage)
+
+
+def has_curve(config: RunConfig, *, stage: str) -> bool:
+    """Whether tasks are measured of all checkpoints of a stage that are still there at its end: where some are kept for it."""
+    return bool(config.run.evaluation.tasks) and config.stage(stage).stage.checkpoint.keep_every_tokens is not None
 
 
 def environment(cluster: Cluster, *, code: Path, ranks: bool) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from collections.abc import Sequence
 
 from launcher.config.schema import RunConfig
@@ -15,5 +16,5 @@ def call_interop(run: RunDir, config: RunConfig, *, module: str, words: Sequence
     place = place_of(run, config, code=SOURCE_ROOT, environment=os.environ)
     # Python's warnings would be megatron-core's, of the packages it could use and these do not need.
     line = ["-W", "ignore", "-m", f"training.interop.{module}", str(run.root.resolve()), *words]
-    environment = {**child_environment(), "HF_HUB_OFFLINE": "1"}
+    environment = {**child_environment(), "HF_HUB_OFFLINE": "1", **({} if sys.stderr.isatty() else {"TQDM_DISABLE": "1"})}
     return subprocess.run(one_process(line, place=place), env=environment, check=False).returncode

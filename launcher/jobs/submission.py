@@ -14,21 +14,19 @@ from typing import Any
 from launcher.config.errors import ConfigError, Problem
 from launcher.config.reading import all_sources
 from launcher.config.schema import RunConfig
-from launcher.jobs.graph import DATA, EVAL, EXPORT, Planned, after_job, data_job, stage_job, sweep_job
-from launcher.jobs.queue import queued, submit_jobs, try_jobs, work_left
+from launcher.jobs.graph import DATA, EVAL, Planned, after_job, data_job, stage_job, sweep_job, waits_of
+from launcher.jobs.queue import Work, queued, submit_jobs, try_jobs, work_left
 from launcher.jobs.slurm import run_sbatch
 from launcher.jobs.stages import refuse_headless
 from launcher.plan.planner import check_fits
 from launcher.plan.preflight import check_data_ready, sources_to_make
 from launcher.plan.prepared import Prepared
-from launcher.rundir.code import SOURCE_ROOT, code_digest, snapshot_code
+from launcher.rundir.code import SOURCE_ROOT, code_digest, installed, snapshot_code
 from launcher.rundir.freeze import open_run, refuse_unopenable
 from launcher.rundir.paths import RunDir
 from launcher.rundir.permissions import check_key_file
 from launcher.rundir.records import append_record, write_json
 from launcher.rundir.stop import lower_flag
-
-BEHIND = (EXPORT, EVAL)
 
 
 @dataclass(frozen=True)
@@ -41,18 +39,18 @@ class Submission:
     data_words: tuple[str, ...]
 
     @property
-    def left(self) -> list[str]:
+    def left(self) -> list[Work]:
         return work_left(self.run, self.config, data_ready=self.prepared is not None)
 
     def jobs(self, *, code: Path) -> list[Planned]:
-        return [self.job(what, code=code) for what in self.left]
+        return [self.job(work, code=code) for work in self.left]
 
-    def job(self, what: str, *, code: Path) -> Planned:
-        if what == DATA:
+    def job(self, work: Work, *, code: Path) -> Planned:
+        if work.behind is not None:
+            return after_job(self.config, run=self.run, what=work.what, stage=work.behind, code=code)
+        if work.what == DATA:
             return data_job(self.config, words=self.data_words, run=self.run, code=code)
-        if what in BEHIND and what not in self.config.stage_names:
-            return after_job(self.config, run=self.run, what=what, code=code)
-        return stage_job(self.config, run=self.run, stage=what, code=code)
+        return stage_job(self.config, run=self.run, stage=work.what, code=code)
 
     def freeze(self) -> Path:
         """Makes the run directory what the jobs go by; the copy of the code in it. Whoever queues a run wants it to go on."""
@@ -79,6 +77,15 @@ def refuse_unexportable(config: RunConfig) -> None:
         found = f"[{', '.join(config.run.after)}] with model.family=null"
         rule = "only a model with a family has a Hugging Face class"
         raise ConfigError(Problem("run.after", found, rule, "run.after=[], or a family where the shape allows"))
+    tasks, folder = config.run.evaluation.tasks, config.run.evaluation.task_dir
+    if EVAL not in config.run.after or not tasks:
+        return
+    if folder is not None and not Path(folder).is_dir():
+        rule = "it is the folder of the YAML files of tasks, as the evaluation's job sees it"
+        raise ConfigError(Problem("run.evaluation.task_dir", folder, rule, "an absolute path"))
+    if config.cluster.container is None and installed("lm-eval") is None:
+        fix = "pip install 'phidias[train,eval]', or run.evaluation.tasks=[]"
+        raise ConfigError(Problem("run.evaluation.tasks", ", ".join(tasks), "tasks are measured through lm-eval", fix))
 
 
 def refuse_local(config: RunConfig) -> None:
@@ -198,7 +205,7 @@ def submit_array(rows: Sequence[Submission], *, concurrency: int, made: dict[str
     codes = [row.freeze() for row in rows]
     waits: list[str] = []
     for row, code in zip(rows, codes, strict=True):
-        after, jobs = data_dependency(row, [row.job(DATA, code=code)] if DATA in row.left else [], made=made)
+        after, jobs = data_dependency(row, [row.job(Work(DATA), code=code)] if Work(DATA) in row.left else [], made=made)
         ids = submit_jobs(row.run, [job for job in jobs if job.what == DATA])
         note_made(row, jobs, ids=ids, made=made)
         waits += [*ids, *([after] if after else [])]
@@ -230,10 +237,10 @@ def show(rows: Sequence[Submission], *, concurrency: int | None) -> None:
         jobs = row.jobs(code=code)
         if concurrency:
             jobs = [job for job in jobs if job.what == DATA]
-        after = None
-        for job in jobs:
-            print(shlex.join(job.line(after=after)))
-            after = f"<job of {job.what}>"
+        ids = [f"<job of {job.title}>" for job in jobs]
+        for number, job in enumerate(jobs):
+            waits, behind = waits_of(jobs, number=number, after=None, ids=ids[:number])
+            print(shlex.join(job.line(after=waits, behind=behind)))
     if concurrency and rows:
         code, configs = rows[0].run.code_copy(code_digest()), [row.config for row in rows]
         print(shlex.join(sweep_job(configs, runs=listing_of(rows), code=code, concurrency=concurrency).line(after=None)))

@@ -8,6 +8,7 @@ from launcher.report.compare import Comparison, Measured, Reading
 from launcher.report.compare_groups import differences_of
 from launcher.report.compare_runs import CONVENTION
 from launcher.report.compare_stats import LEVEL, Verdict, mean_of, spread_of
+from launcher.report.compare_tasks import score_document, task_scores
 from launcher.report.format import format_count
 from launcher.report.mixture_fit import MixtureFit, Proposal, describe_box
 
@@ -28,6 +29,7 @@ def document(comparison: Comparison) -> Row:
         "differences": differences_of([each.group for each in comparison.groups]),
         "verdict": verdict_row(comparison.verdict),
         "equal_flops": flops_row(comparison),
+        "tasks": score_document(task_scores(comparison.groups, stage=comparison.stage)),
         "fit": fit_row(comparison.fit),
         "notes": list(comparison.notes),
     }

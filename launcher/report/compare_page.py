@@ -18,6 +18,7 @@ from launcher.report.compare_groups import differences_of
 from launcher.report.compare_history import Column
 from launcher.report.compare_stats import Verdict, mean_of, spread_of
 from launcher.report.compare_table import format_difference, format_spread, own_mean, short_paths
+from launcher.report.compare_tasks import caution, cell, task_scores
 from launcher.report.figures import sample_rows
 from launcher.report.format import format_count, format_number, format_percent
 from launcher.report.mixture_fit import MixtureFit, Proposal
@@ -53,7 +54,7 @@ def render_page(comparison: Comparison) -> str:
         verdict=escape(verdict.text),
         sources=escape(", ".join(comparison.sources)),
         losses=losses_table(comparison.groups, verdict=verdict),
-        flops=flops_section(comparison),
+        flops=flops_section(comparison) + tasks_section(comparison),
         differences=differences_table(comparison),
         fit=fit_section(comparison.fit, best=comparison.groups[0]),
         notes="".join(f"<p>{escape(line)}</p>" for line in comparison.notes) or '<p class="empty">None.</p>',
@@ -61,6 +62,17 @@ def render_page(comparison: Comparison) -> str:
         chart_height=100 + (34 if len(comparison.groups) <= NUM_COLOURS else 24) * len(comparison.groups),
         source_height=120 + 40 * len(comparison.sources),
     )
+
+
+def tasks_section(comparison: Comparison) -> str:
+    """Empty where no export was scored."""
+    found, labels = task_scores(comparison.groups, stage=comparison.stage), [each.label for each in comparison.groups]
+    if not found:
+        return ""
+    rows = [(escape(name), *(cell(row, label) for label in labels), escape(told)) for (name, told), row in found.items()]
+    heads, told = ("task", *(f"#{label}" for label in labels), ""), caution(found)
+    lead = "As `phidias eval` scored the exports" + (f"; {told}." if told else ".")
+    return f'<section><h2>Tasks</h2><p class="lead">{escape(lead)}</p>{_table(heads, rows=rows)}</section>'
 
 
 def _asset(name: str) -> str:

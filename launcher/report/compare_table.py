@@ -10,6 +10,7 @@ from launcher.report.compare import Comparison, Measured
 from launcher.report.compare_document import describe_fit, describe_where
 from launcher.report.compare_groups import differences_of
 from launcher.report.compare_stats import Difference, Verdict, mean_of, spread_of
+from launcher.report.compare_tasks import caution, cell, task_scores
 from launcher.report.format import MISSING, format_count, format_number
 from launcher.report.mixture_fit import MixtureFit
 
@@ -35,6 +36,7 @@ def print_comparison(comparison: Comparison, *, console: Console | None = None) 
         say(f"\n{comparison.flops_verdict.text}")
     say("\nby source; own mean: by each run's own shares, which says nothing between mixtures\n")
     show(sources_table(comparison.groups), console=console)
+    print_scores(comparison, console=console)
     print_differences(comparison, console=console)
     say(f"\n{describe_fit(comparison.fit)}")
     if not isinstance(comparison.fit, str) and comparison.fit.proposal is not None:
@@ -94,6 +96,20 @@ def format_difference(found: Difference | None) -> str:
     if found.low is None or found.high is None:
         return f"{found.mean:.4f} ± ?"
     return f"{found.mean:.4f} ({found.low:.4f} to {found.high:.4f})"
+
+
+def print_scores(comparison: Comparison, *, console: Console) -> None:
+    """A row a score of a task, a column a group; nothing where no export was scored."""
+    found = task_scores(comparison.groups, stage=comparison.stage)
+    if not found:
+        return
+    labels = [each.label for each in comparison.groups]
+    table = _table(("task", *labels, "asked"))
+    for (name, told), row in found.items():
+        table.add_row(name, *(cell(row, label) for label in labels), told)
+    told = caution(found)
+    console.print("\ntasks, as `phidias eval` scored the exports" + (f"; {told}" if told else ""), soft_wrap=True)
+    show(table, console=console)
 
 
 def print_differences(comparison: Comparison, *, console: Console) -> None:

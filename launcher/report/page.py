@@ -17,6 +17,7 @@ from launcher.report.figures import build_figures
 from launcher.report.history import History, read_history
 from launcher.report.report_charts import CHARTS, GROUPS, charts_html
 from launcher.report.report_config import config_section
+from launcher.report.report_contamination import contamination_section
 from launcher.report.report_eval import eval_section
 from launcher.report.report_plan import Plans, plan_section
 from launcher.report.summary import Summary, summarise
@@ -60,7 +61,7 @@ def render_page(run: RunDir, *, config: RunConfig, history: History, summary: Su
         plan=plan_section(history, plans=plans, bands=summary.bands),
         differences=config_section(config, history=history),
         **{f"{group}_charts": charts_html(group, traces=figures["traces"]) for group in GROUPS},
-        evaluated=eval_section(run, stages=config.stage_names),
+        evaluated=eval_section(run, stages=config.stage_names) + contamination_section(config),
         time=time_table(summary),
         stages=stages_table(summary, config=config),
         exposure=exposure_table(summary, config=config),

@@ -5,9 +5,9 @@ from html import escape
 from typing import Any
 
 from launcher.report.format import format_count, format_number, format_percent
+from launcher.report.report_tasks import evaluations, read_evaluation, tasks_table
 from launcher.report.tables import table
 from launcher.rundir.paths import RunDir
-from launcher.rundir.records import read_json
 
 Section = Mapping[str, Any]
 RISES = "rises"
@@ -15,20 +15,17 @@ RISES = "rises"
 
 def eval_section(run: RunDir, *, stages: tuple[str, ...]) -> str:
     """A whole section; empty where nothing was evaluated."""
-    parts = [part for name in stages if (found := read_eval(run, stage=name)) for part in of_stage(name, found)]
+    parts = [part for name in stages if (found := evaluations(run, stage=name)) for part in of_stages_exports(run, name, found)]
     if not parts:
         return ""
     lead = "Through transformers alone, on the exported folder."
     return f'<section><h2>What was exported</h2><p class="lead">{lead}</p>{"".join(parts)}</section>'
 
 
-def read_eval(run: RunDir, *, stage: str) -> Section | None:
-    """eval/<stage>.json; None where there is none that can be read."""
-    try:
-        found = read_json(run.eval(stage))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) and isinstance(found.get("held_out"), dict) else None
+def of_stages_exports(run: RunDir, stage: str, found: list[Section]) -> Iterator[str]:
+    """The stage's own export, or else the newest of its checkpoints that was measured; then tasks, of all that were."""
+    yield from of_stage(stage, read_evaluation(run, name=stage) or found[-1])
+    yield tasks_table(found)
 
 
 def of_stage(name: str, found: Section) -> Iterator[str]:

@@ -49,6 +49,13 @@ def one_or_more(names: list[str]) -> list[str]:
     return names
 
 
+def whole_number(key: str, said: str | None, *, example: str) -> int | None:
+    """An option that is a whole number, 0 or more; None where it is not given. ConfigError: it is another thing."""
+    if said is None or said.isdecimal():
+        return None if said is None else int(said)
+    raise ConfigError(Problem(key, repr(said), "it is a whole number", example))
+
+
 def exportable(names: list[str], *, stage: str | None, runs_dir: str, hint: str) -> tuple[RunDir, RunConfig, str]:
     """The one run that is named, and the stage, its last one by default. ConfigError: several runs (`hint` says what was
     meant), a stage it does not have, or a shape that no class of Hugging Face's has."""
@@ -57,7 +64,7 @@ def exportable(names: list[str], *, stage: str | None, runs_dir: str, hint: str)
     run = find_run(names[0], runs_dir=runs_dir)
     config = read_config(run)
     if config.model.family is None:
-        fix = "train it with model.family=phi3 or llama, where the shape allows"
+        fix = "train it with model.family=phi3, llama or qwen2, where the shape allows"
         raise ConfigError(Problem("model.family", "null", "a model without a family has no Hugging Face class", fix))
     stages = config.stage_names
     if stage is not None and stage not in stages:

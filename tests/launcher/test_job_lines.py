@@ -12,10 +12,11 @@ from launcher.config.compose import compose_run
 from launcher.config.errors import ConfigError
 from launcher.config.schema import Container
 from launcher.jobs.allocation import Allocation, fitted_to, job_comment, read_allocation, remembered
-from launcher.jobs.graph import after_job, data_job, stage_job, sweep_job
-from launcher.jobs.queue import known_jobs, queued
+from launcher.jobs.graph import after_job, data_job, stage_job, sweep_job, waits_of
+from launcher.jobs.queue import known_jobs, queued, work_left
 from launcher.jobs.slurm import duration_s, parse_fields, run_sbatch
 from launcher.jobs.steps import check_line, cores_of_node, one_process, outermost, place_of, rank_line
+from launcher.jobs.submission import Submission, refuse_unexportable
 from launcher.jobs.work import timed_out
 from launcher.rundir.code import SOURCE_ROOT
 from launcher.rundir.paths import RunDir
@@ -56,6 +57,81 @@ def test_a_stage_as_a_job(tmp_path):
     assert {"#SBATCH --signal=B:USR1@300", "#SBATCH --requeue", "#SBATCH --open-mode=append"} <= set(header)
 
 
+def test_a_branch_waits_for_the_stage_it_starts_from(tmp_path):
+    names, starts = ("pretrain", "a", "b", "c"), (None, "pretrain", "pretrain", "/runs/other")
+    stages = tuple(
+        replace(PHI4.stages[0], stage=replace(PHI4.stages[0].stage, name=name, init_from=start))
+        for name, start in zip(names, starts, strict=True)
+    )
+    config = replace(PHI4, run=replace(PHI4.run, stages=names), stages=stages)
+    run = RunDir(tmp_path / "phi4")
+    jobs = [data_job(config, words=["run=phi4"], run=run)]
+    jobs += [stage_job(config, run=run, stage=name, code=CODE) for name in names]
+    jobs += [after_job(config, run=run, what="export", stage="c", code=CODE)]
+
+    def waits(some, after=None):
+        ids = [job.what for job in some]
+        return [waits_of(some, number=number, after=after, ids=ids[:number]) for number in range(len(some))]
+
+    of_stages = [("data:pretrain", None), ("data:pretrain", "a"), ("data", "b"), ("c", None)]
+    assert waits(jobs) == [(None, None), ("data", None), *of_stages]
+    # The data is there, or another run's job makes it; pretraining is done.
+    assert waits(jobs[2:]) == [(None, None), (None, "a"), (None, "b"), ("c", None)]
+    assert waits(jobs[2:], after="7") == [("7", None), ("7", "a"), ("7", "b"), ("c", None)]
+    line = jobs[3].line(after="data:pretrain", behind="a")
+    assert "--dependency=afterok:data:pretrain,afterany:a" in options_of(line)
+
+
+def test_what_follows_chosen_stages_keeps_no_stage_waiting(tmp_path, monkeypatch):
+    """Each export waits for its stage alone, its evaluation for the export, and the next stage for neither."""
+    evaluation = replace(PHI4.run.evaluation, tasks=("words",), task_dir=str(tmp_path))
+    config = replace(PHI4, run=replace(PHI4.run, after_stages=PHI4.run.stages, evaluation=evaluation))
+    run, done = RunDir(tmp_path / "phi4"), set()
+    monkeypatch.setattr("launcher.jobs.queue.stage_is_done", lambda run, config, stage: stage in done)
+    left = work_left(run, config, data_ready=True)
+    assert left == [
+        ("pretrain", None), ("export", "pretrain"), ("eval", "pretrain"),
+        ("midtrain", None), ("export", "midtrain"), ("eval", "midtrain"),
+    ]  # fmt: skip
+    jobs = Submission(run, config, None, ()).jobs(code=CODE)[1:]  # the data first
+    titles = [job.title for job in jobs]
+    waits = [waits_of(jobs, number=number, after="7", ids=titles[:number]) for number in range(len(jobs))]
+    assert dict(zip(titles, waits, strict=True)) == {
+        "pretrain": ("7", None), "pretrain.export": ("pretrain", None), "pretrain.eval": ("pretrain.export", None),
+        "midtrain": ("pretrain", None), "midtrain.export": ("midtrain", None), "midtrain.eval": ("midtrain.export", None),
+    }  # fmt: skip
+    assert jobs[1].line(after="8")[-1] == "stage=pretrain" and "--job-name=phi4.pretrain.export" in jobs[1].options
+    done.add("pretrain")  # its export is still to be made, behind nothing
+    assert work_left(run, config, data_ready=True)[:3] == [("export", "pretrain"), ("eval", "pretrain"), ("midtrain", None)]
+    only = [job for job in jobs if job.title != "pretrain"]
+    ids = [job.title for job in only]
+    waits = [waits_of(only, number=number, after=None, ids=ids[:number]) for number in range(3)]
+    assert waits == [(None, None), ("pretrain.export", None), (None, None)]
+
+
+def test_kept_checkpoints_are_a_learning_curve_of_tasks(tmp_path):
+    def words(tasks, every):
+        checkpoint = replace(PHI4.stages[0].stage.checkpoint, keep_every_tokens=every)
+        stages = tuple(replace(row, stage=replace(row.stage, checkpoint=checkpoint)) for row in PHI4.stages)
+        run = replace(PHI4.run, evaluation=replace(PHI4.run.evaluation, tasks=tasks))
+        config = replace(PHI4, run=run, stages=stages)
+        return after_job(config, run=RunDir(tmp_path), what="eval", stage="pretrain", code=CODE).words
+
+    assert words(("words",), 1e12)[-1] == "steps=all"
+    assert "steps=all" not in (*words((), 1e12), *words(("words",), None))
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"tasks": ("words",), "task_dir": "/nowhere"}, r"run\.evaluation\.task_dir: found /nowhere"),
+    ({"tasks": ("words",), "task_dir": None}, r"run\.evaluation\.tasks: found words.*pip install 'phidias\[train,eval\]'"),
+])  # fmt: skip
+def test_tasks_that_no_job_could_measure_are_refused(changes, said, monkeypatch):
+    monkeypatch.setattr("launcher.jobs.submission.installed", lambda package: None)
+    evaluation = replace(PHI4.run.evaluation, **changes)
+    with pytest.raises(ConfigError, match=said):
+        refuse_unexportable(replace(PHI4, run=replace(PHI4.run, evaluation=evaluation)))
+
+
 def test_cpu_ranks_ask_for_no_gpus(tmp_path):
     line = stage_job(cluster_of(gpu=None), run=RunDir(tmp_path), stage="pretrain", code=CODE).line(after=None)
     assert not any(word.startswith("--gpus") or word in ("--exclusive", "--mem=0") for word in line)
@@ -68,13 +144,14 @@ def test_what_a_site_wants_of_every_job(tmp_path):
     line = stage_job(config, run=RunDir(tmp_path), stage="pretrain", code=CODE).line(after=None)
     assert {"--qos=high", "--reservation=us", "--nodes=242", "--no-kill", "--partition=gpu"} <= set(options_of(line))
     assert not any("PHIDIAS_SETUP" in word for word in line)  # the launcher runs it, on every node
-    export = after_job(config, run=RunDir(tmp_path / "phi4"), what="export", code=CODE).line(after="8")
+    export = after_job(config, run=RunDir(tmp_path / "phi4"), what="export", stage="midtrain", code=CODE).line(after="8")
     assert {"--partition=cpu", "--nodes=1", "--qos=high"} <= set(options_of(export)) and not any(
         w.startswith("--gpus") for w in export
     )
     assert "PHIDIAS_SETUP=a\nb c" in export
     assert export[-4:] == ["export", "phi4", f"runs_dir={tmp_path}", "stage=midtrain"]
-    assert "--gpus-per-node=1" in after_job(config, run=RunDir(tmp_path), what="eval", code=CODE).line(after=None)
+    scored = after_job(config, run=RunDir(tmp_path), what="eval", stage="midtrain", code=CODE).line(after=None)
+    assert "--gpus-per-node=1" in scored and scored[-1] == "stage=midtrain"
     # 14.7B parameters of four bytes, read and written: not what a login shell's default would give.
     (memory,) = (int(word[6:-1]) for word in export if word.startswith("--mem="))
     assert 2 * 4 * 14.66e9 / 2**30 < memory < 200

@@ -23,7 +23,7 @@ def test_from_text_to_an_evaluated_checkpoint(slurm, workspace):
     said = phidias(slurm, workspace, "submit", *command)
     jobs = job_ids(said)
     assert re.findall(r"^(\S+): job \d+", said, flags=re.MULTILINE) == [
-        f"{workspace.run}.{what}" for what in ("data", "small", "long", "export", "eval")
+        f"{workspace.run}.{what}" for what in ("data", "small", "long", "long.export", "long.eval")
     ]
     # What the repository becomes meanwhile changes nothing: the jobs run the copy in the run directory.
     (copy,) = (workspace.run_dir / "code").iterdir()

@@ -54,17 +54,19 @@ CASES: dict[str, Sections] = {
 }
 
 
-def train_and_export(root: Path, *, sections: Sections) -> RunDir:
-    """A few steps of the tiny model, its validation, checkpoint and export. Source c has no held-out text."""
+def train_and_export(root: Path, *, sections: Sections, save_at: int | None = None, **model: Any) -> RunDir:
+    """A few steps of the tiny model, its validation, checkpoint (another one at a step) and export. Source c has no held-out
+    text."""
     write_tokenizer(root)
     write_sources(root / "data")
     no_held_out_text(root / "data" / "c")
     stage = {**sections, "stage": {"tokens": 1024.0, **sections.get("stage", {})}}
-    config = run_config(root, stages=[stage_config(**stage)], tokenizer=dict(file=str(root / "data" / "tokenizer.json")))
+    tokenizer = dict(file=str(root / "data" / "tokenizer.json"))
+    config = run_config(root, stages=[stage_config(**stage)], tokenizer=tokenizer, model=model)
     run = RunDir(root / "runs" / "tiny")
     run.root.mkdir(parents=True)
     run.config.write_text(yaml.safe_dump(dump_run(config)))
-    train(run, config)
+    train(run, config, save_at=save_at)
     export(run, config, stage=STAGE)
     return run
 
@@ -73,7 +75,7 @@ def no_held_out_text(folder: Path) -> None:
     write_manifest(folder, manifest=replace(read_manifest(as_folder(folder)), held_out=split_of([])))
 
 
-def train(run: RunDir, config: RunConfig) -> None:
+def train(run: RunDir, config: RunConfig, *, save_at: int | None = None) -> None:
     stage = config.stages[0]
     plan = plan_stage(stage, cluster=config.cluster)
     writers = mock.patch.object(filesystem_async, "_results_queue", None)  # which a Trainer starts a process for
@@ -83,6 +85,8 @@ def train(run: RunDir, config: RunConfig) -> None:
         trainer.restore()
         while not trainer.is_finished:
             trainer.train_step(Flags())
+            if trainer.progress.step == save_at:
+                trainer.save(any_layout=True)
         trainer.validate()
         trainer.save(any_layout=True, is_last=True)
         heartbeat.close()
@@ -268,7 +272,7 @@ def test_an_export_of_another_step_is_said_and_not_compared(copy: RunDir) -> Non
     (["tiny", "stage=midtrain"], 2, "stage: found 'midtrain'; run tiny has pretrain. Fix: stage=pretrain"),
     (["tiny", "other"], 2, "this verb takes one run"),
     (["tinny"], 3, "did you mean tiny?"),
-    (["tiny", "prompt=x"], 2, "stage=, long_context=, runs_dir="),
+    (["tiny", "prompt=x"], 2, "stage=, step=, steps=, long_context=, tasks="),
 ])  # fmt: skip
 def test_words_that_are_refused(
     words: list[str], code: int, message: str, copy: RunDir, capsys: pytest.CaptureFixture[str]
@@ -290,7 +294,7 @@ def test_what_eval_needs(copy: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: 
 
 def test_loss_by_position_is_that_of_the_documents_alone(exported: RunDir) -> None:
     """Held-out documents have 50 tokens, windows 32 and the next: each is one."""
-    found = evaluate.evaluate(exported, read_config(exported), stage=STAGE, long=True).long_context
+    found = evaluate.evaluate(exported, read_config(exported), stage=STAGE, wanted=evaluate.Wanted(long=True)).long_context
     assert found is not None and found.positions is not None
     model = evaluate.load_model(evaluate.read_export(exported, stage=STAGE), dtype="fp32", device=evaluate.CPU, run=exported)
     losses = []

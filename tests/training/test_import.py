@@ -26,6 +26,7 @@ from tests.training.world import cpu_seams, model, one_rank, stage
 from training.initialize import global_parameters
 from training.interop import export, importing
 from training.interop.families import NORMS
+from training.interop.weights import LAYERS
 from training.model import build_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -62,11 +63,16 @@ class ModelWeights:
             else:
                 self.tensors[name] = parameter.detach()
 
-    def read(self, name: str) -> Tensor:
-        return self.tensors[name]
+    @property
+    def layer_names(self) -> list[str]:
+        return list(self.layers)
 
-    def read_layers(self) -> dict[str, Tensor]:
-        return {name: torch.stack(rows) for name, rows in self.layers.items()}
+    def blank(self, name: str, *, layer: int | None = None) -> Tensor:
+        return self.read(name, layer=layer).to("meta")
+
+    def read(self, name: str, *, layer: int | None = None) -> Tensor:
+        found = self.tensors[name] if layer is None else self.layers[name.removeprefix(LAYERS)][layer]
+        return torch.as_tensor(found)
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -74,15 +80,15 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", ["phi3", "llama"])
+@pytest.mark.parametrize("family", ["phi3", "llama", "qwen2"])
 def test_export_import_export_is_the_same_bytes(family: str, tied: bool, tmp_path: Path) -> None:
-    wanted = model(family=family, tied_embeddings=tied)
+    wanted = model(family=family, attention_bias=family == "qwen2", tied_embeddings=tied)
     folder = write_folder(tmp_path / "first", wanted)
     with one_rank(stage().layout):
         chunks = build_model(stage(), model=wanted, seed=7)
         importing.import_weights(chunks, sound(folder, wanted), model=wanted)
         (tmp_path / "second").mkdir()
-        export.write_weights(export.hf_tensors(ModelWeights(chunks[0].module), model=wanted), tmp_path / "second")  # type: ignore[arg-type]
+        export.write_weights(ModelWeights(chunks[0].module), tmp_path / "second", model=wanted)
     names = sorted(path.name for path in folder.glob("model*"))
     assert len(names) > 3 and names == sorted(path.name for path in (tmp_path / "second").glob("model*"))
     assert all((folder / name).read_bytes() == (tmp_path / "second" / name).read_bytes() for name in names)
@@ -109,8 +115,7 @@ def transformers_model(family: str, **changes: Any) -> Any:
 def test_what_transformers_made_computes_the_same(family: str, tmp_path: Path) -> None:
     made = transformers_model(family, tie_word_embeddings=family == "llama")
     made.save_pretrained(tmp_path / "made", max_shard_size=f"{SHARD_BYTES // 1000}KB")
-    changes = dict(family=None, attention_bias=True) if family == "qwen2" else dict(family=family)
-    wanted = model(**changes, tied_embeddings=family == "llama")
+    wanted = model(family=family, attention_bias=family == "qwen2", tied_embeddings=family == "llama")
     tokens = torch.randint(0, 250, (2, 32), generator=torch.Generator().manual_seed(5))
     positions = torch.arange(32).expand_as(tokens)
     with one_rank(stage().layout):
@@ -136,7 +141,7 @@ def test_other_types_are_read_in_blocks(tmp_path: Path, monkeypatch: pytest.Monk
     with one_rank(stage().layout):
         chunks = build_model(stage(), model=model(), seed=7)
         importing.import_weights(chunks, sound(tmp_path / "made", model()), model=model())
-        found = dict(export.hf_tensors(ModelWeights(chunks[0].module), model=model()))  # type: ignore[arg-type]
+        found = dict(export.hf_tensors(ModelWeights(chunks[0].module), model=model()))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import TypeAdapter
+from safetensors.torch import load_file
 
 from data_prep.spec import TokenizerSpec
 from data_prep.tokenizers import build_tokenizer
@@ -17,6 +18,7 @@ from tests.training.tiny import MODEL, STAGE
 from training.interop import export
 from training.interop.families import TokenIds, hf_config, split_qkv
 from training.interop.tokenizer import PHI4_PAD, PHI4_SPECIALS, write_tokenizer
+from training.interop.weights import LAYERS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RANKS = Path(os.environ.get("PHIDIAS_CL100K", REPOSITORY.parent / "shared" / "data" / "cl100k_base.tiktoken"))
@@ -42,7 +44,7 @@ class RandomWeights:
             "mlp.linear_fc1.layer_norm_weight": (hidden,),
             "mlp.linear_fc1.weight": (2 * ffn, hidden),
             "mlp.linear_fc2.weight": (hidden, ffn),
-        }
+        } | ({"self_attention.linear_qkv.bias": (fused,)} if model.attention_bias else {})
         self.layers = {
             name: 0.2 * torch.randn(model.num_layers, *shape, generator=draw) + name.endswith("norm_weight")
             for name, shape in shapes.items()
@@ -54,16 +56,20 @@ class RandomWeights:
             "decoder.final_layernorm.weight": torch.ones(hidden),
         }
 
-    def read(self, name: str) -> torch.Tensor:
-        return self.tensors[name]
+    @property
+    def layer_names(self) -> list[str]:
+        return list(self.layers)
 
-    def read_layers(self) -> dict[str, torch.Tensor]:
-        return self.layers
+    def blank(self, name: str, *, layer: int | None = None) -> torch.Tensor:
+        return self.read(name, layer=layer).to("meta")
+
+    def read(self, name: str, *, layer: int | None = None) -> torch.Tensor:
+        return self.tensors[name] if layer is None else self.layers[name.removeprefix(LAYERS)][layer]
 
 
 def write_folder(folder: Path, model: ModelConfig) -> Path:
     folder.mkdir()
-    _, dtype = export.write_weights(export.hf_tensors(RandomWeights(model), model=model), folder)  # type: ignore[arg-type]
+    _, dtype = export.write_weights(RandomWeights(model), folder, model=model)
     fields = hf_config(model, stage=STAGE_SETTINGS, ids=TokenIds(1, 1, 2), dtype=str(dtype).removeprefix("torch."))
     export.write_json_file(folder / "config.json", fields)
     return folder
@@ -78,6 +84,33 @@ def logits(folder: Path) -> torch.Tensor:
     with torch.no_grad():
         result: torch.Tensor = model.eval()(input_ids=tokens).logits
     return result
+
+
+FAMILY_CHANGES: dict[str, dict[str, Any]] = {"phi3": {}, "llama": {}, "qwen2": {"attention_bias": True}}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILY_CHANGES)
+def test_names_are_those_of_transformers(family: str, tied: bool, tmp_path: Path) -> None:
+    """Which vLLM and ms-swift read; phi3 with its fused qkv_proj and gate_up_proj."""
+    from transformers import AutoModelForCausalLM
+
+    folder = write_folder(tmp_path / family, model_config(family=family, tied_embeddings=tied, **FAMILY_CHANGES[family]))
+    made = AutoModelForCausalLM.from_pretrained(folder)
+    wanted = {name: tuple(tensor.shape) for name, tensor in made.state_dict().items() if not (tied and "lm_head" in name)}
+    assert {name: tuple(tensor.shape) for name, tensor in load_file(folder / "model.safetensors").items()} == wanted
+    assert {"phi3": "qkv_proj", "llama": "q_proj", "qwen2": "q_proj"}[family] in " ".join(wanted)
+
+
+@pytest.mark.parametrize("family", FAMILY_CHANGES)
+def test_names_are_those_that_llama_cpp_maps(family: str) -> None:
+    """Its converter takes names apart by this table, layer by layer."""
+    gguf = pytest.importorskip("gguf", reason="gguf has llama.cpp's table of names")
+    architecture = getattr(gguf.MODEL_ARCH, family.upper())
+    table = gguf.get_tensor_name_map(architecture, 4)
+    model = model_config(family=family, **FAMILY_CHANGES[family])
+    for name, _ in export.hf_tensors(RandomWeights(model), model=model, blank=True):
+        assert table.get_type(name, try_suffixes=(".weight", ".bias")) in gguf.MODEL_TENSORS[architecture], name
 
 
 def test_qkv_is_taken_apart_by_group() -> None:
@@ -113,7 +146,7 @@ def test_large_models_are_written_in_shards(tmp_path: Path, monkeypatch: pytest.
 
 
 def iterate(model: ModelConfig) -> list[torch.Tensor]:
-    return [tensor for _, tensor in export.hf_tensors(RandomWeights(model), model=model)]  # type: ignore[arg-type]
+    return [tensor for _, tensor in export.hf_tensors(RandomWeights(model), model=model)]
 
 
 @pytest.mark.skipif(not RANKS.exists(), reason="cl100k's ranks file is not in the repository; set PHIDIAS_CL100K to run this")
@@ -121,8 +154,9 @@ def test_cl100k_becomes_phi4s_tokenizer(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     spec = TokenizerSpec(kind="cl100k", ranks_file=str(RANKS), file=None, eod="<|endoftext|>")
-    exported = write_tokenizer(spec, tmp_path, max_length=4096)
+    exported = write_tokenizer(spec, tmp_path, max_length=4096, family="phi3")
     assert exported.ids == TokenIds(bos=100257, eos=100257, pad=PHI4_PAD)
+    export.write_json_file(tmp_path / "config.json", {"model_type": "phi3"})
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     texts = ["Hello, world!  def f(x):\n\treturn x\n\n", "naïve café 漢字 🏛️ 12345 it's WE'LL", "  leading\r\n\r\nspaces   "]
     expected = [ids.tolist() for ids in build_tokenizer(spec).encode_documents(texts)]

@@ -1,17 +1,19 @@
-"""`python -m training.interop.evaluate <run directory> --stage NAME`: what a stage's exported folder is worth, measured through
-transformers alone. eval/<stage>.json says which export that was, and has one section for each thing measured.
+"""`python -m training.interop.evaluate <run directory> --stage NAME [--step N | --every-step]`: what a stage's exported folder
+is worth, measured through transformers alone. eval/<stage>.json, or eval/<stage>@<step>.json of a chosen checkpoint, says which
+export that was, and has one section for each thing measured.
 
 `held_out`: its loss on the windows that the run's own validation reads. It is what the run measured at the same samples, or the
-folder is not the model that was trained.
+folder is not the model that was trained. `long_context` and `tasks`: see the modules of these names.
 
 Shapes: N windows, B of them at once, S sequence, V vocabulary.
 """
 
 import argparse
 import math
+import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -26,17 +28,20 @@ from safetensors import SafetensorError
 
 from data_prep.errors import DataError
 from launcher.config.schema import Precision, RunConfig, StageConfig
-from launcher.rundir.checkpoints import CheckpointError, newest_checkpoint
+from launcher.rundir.checkpoints import CheckpointError, newest_checkpoint, whole_numbers
 from launcher.rundir.exits import ExitClass, RunStateError
 from launcher.rundir.freeze import read_config
 from launcher.rundir.order import recorded_tables
-from launcher.rundir.paths import RunDir
+from launcher.rundir.paths import RunDir, at_step
 from launcher.rundir.records import append_record, read_json, read_records, write_json
 from training.batch import PADDING, Rows, to_device
 from training.data import HeldOutFeed, StageData, ledger_from_json, masked_rows
 from training.errors import exit_class
-from training.interop import long_context
+from training.interop import long_context, tasks
+from training.interop.export import export
 from training.interop.long_context import LongContext, measure_long_context
+from training.interop.tasks import Asked, Tasks, kept
+from training.interop.tokenizer import load_tokenizer
 from training.parallel import Rank
 from training.step import Sums, mixture_loss
 
@@ -56,9 +61,11 @@ ALONE = Rank(
 
 @dataclass(frozen=True)
 class Exported:
-    """A folder that `phidias export` wrote: of which step, and which files they are (`written`: the newest, Unix seconds)."""
+    """A folder that `phidias export` wrote: of which step, and which files they are (`written`: the newest, Unix seconds).
+    `name`: what it and its figures are called, `<stage>` or `<stage>@<step>`."""
 
     path: Path
+    name: str
     stage: str
     step: int
     tokens: int
@@ -120,30 +127,79 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`long_context` is None where it was not asked for."""
+    """`long_context` and `tasks` are None where they were not asked for."""
 
     exported: Exported
     held_out: HeldOut
     long_context: LongContext | None
+    tasks: dict[str, Any] | None = None
 
 
-def evaluate(run: RunDir, config: RunConfig, *, stage: str, long: bool | None = None) -> Evaluation:
-    """Measures a stage's export, and writes eval/<stage>.json and an event, whether it agrees with the run or not. Long context
-    where the stage has longer sequences than the one it starts from, unless said.
+@dataclass(frozen=True)
+class Wanted:
+    """`long`: whether long context is measured; None: where the stage has longer sequences than the one it starts from."""
+
+    long: bool | None = None
+    tasks: Tasks | None = None
+
+
+PLAIN = Wanted()
+
+
+def evaluate(run: RunDir, config: RunConfig, *, stage: str, step: int | None = None, wanted: Wanted = PLAIN) -> Evaluation:
+    """Measures a stage's export, or that of a chosen checkpoint, and writes its figures and an event, whether it agrees with
+    the run or not.
 
     RunStateError: no export, one that does not load, or windows that are not those of the run's validation. DataError: no data
     here, or no held-out window. Then nothing is written."""
-    began, exported = time.monotonic(), read_export(run, stage=stage)
-    loaded = Loaded(exported, run)
+    began, exported = time.monotonic(), read_export(run, stage=stage, step=step)
+    loaded, long = Loaded(exported, run), wanted.long
     held_out = measure_held_out(run, config, loaded=loaded)
     before = trained_length(config, stage=config.stage(stage))
     found: LongContext | None = None
     if long or (long is None and before is not None):
         feed = HeldOutFeed(config, config.stage(stage), rank=ALONE)
         found = measure_long_context(loaded.model, loaded.tokenizer, feed=feed, trained_length=before, losses=token_losses)
+    scores = wanted.tasks.measure(loaded.model, loaded.tokenizer) if wanted.tasks else None
     sections = {"held_out": held_out.to_json()} | ({"long_context": found.to_json()} if found else {})
-    write_evaluation(run, exported, seconds=round(time.monotonic() - began, 3), **sections)
-    return Evaluation(exported, held_out, found)
+    rows = kept(earlier(run, exported), scores)
+    write_evaluation(
+        run, exported, seconds=round(time.monotonic() - began, 3), **sections, **({"tasks": rows} if rows["rows"] else {})
+    )
+    return Evaluation(exported, held_out, found, scores)
+
+
+def evaluate_steps(run: RunDir, config: RunConfig, *, stage: str, wanted: Wanted) -> Iterator[Evaluation]:
+    """The stage's checkpoints that are there and have not all the figures yet, oldest first: what is exported for it goes
+    again. A checkpoint that the stage's own export is of is left out."""
+    whole = read_export(run, stage=stage).step if run.export(stage).exists() else None
+    for step in whole_numbers(run, stage):
+        folder = run.export(at_step(stage, step))
+        if step == whole or has_figures(run, name=at_step(stage, step), wanted=wanted):
+            continue
+        is_ours = not folder.exists()
+        if is_ours:
+            export(run, config, stage=stage, step=step)
+        yield evaluate(run, config, stage=stage, step=step, wanted=wanted)
+        if is_ours:
+            shutil.rmtree(folder)
+
+
+def has_figures(run: RunDir, *, name: str, wanted: Wanted) -> bool:
+    before = read_json(run.eval(name)) if run.eval(name).exists() else {}
+    known = (before.get("tasks") or {}).get("asked", ())
+    return bool(before) and all(task in known for task in (wanted.tasks.asked.names if wanted.tasks else ()))
+
+
+def earlier(run: RunDir, exported: Exported) -> dict[str, Any]:
+    """What was measured of the same files before."""
+    path = run.eval(exported.name)
+    before = read_json(path) if path.exists() else {}
+    return before if before.get("export") == folder_of(exported) else {}
+
+
+def folder_of(exported: Exported) -> dict[str, Any]:
+    return {"path": str(exported.path), "bytes": exported.bytes, "written": exported.written}
 
 
 def trained_length(config: RunConfig, *, stage: StageConfig) -> int | None:
@@ -156,38 +212,52 @@ def trained_length(config: RunConfig, *, stage: StageConfig) -> int | None:
 
 
 def write_evaluation(run: RunDir, exported: Exported, *, seconds: float, **sections: dict[str, Any]) -> None:
-    path = run.eval(exported.stage)
+    path = run.eval(exported.name)
     source = {"stage": exported.stage, "step": exported.step, "tokens": exported.tokens}
-    folder = {"path": str(exported.path), "bytes": exported.bytes, "written": exported.written}
     date = datetime.now(UTC).isoformat(timespec="seconds")
-    header = {"format_version": FORMAT_VERSION, "run": run.name, **source, "export": folder, "date": date, "seconds": seconds}
+    header = {
+        "format_version": FORMAT_VERSION,
+        "run": run.name,
+        **source,
+        "export": folder_of(exported),
+        "date": date,
+        "seconds": seconds,
+    }
     path.parent.mkdir(exist_ok=True)
     write_json(path, {**header, **sections})
     append_record(run.events, "eval", **source, path=str(path), seconds=seconds, **summary(**sections))
 
 
-def summary(*, held_out: Mapping[str, Any], long_context: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def summary(
+    *, held_out: Mapping[str, Any], long_context: Mapping[str, Any] | None = None, tasks: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """What the event says of the sections."""
     total = held_out["mixture"]
     found = {"loss": total["loss"], "difference": total["difference"], "agrees": held_out["agrees"]}
     positions = (long_context or {}).get("positions")
-    return found | ({"rises": positions["rises"]} if positions else {})
+    scores = {
+        f"{name} {metric}": figures["value"]
+        for name, row in (tasks or {}).get("rows", {}).items()
+        for metric, figures in row["metrics"].items()
+    }
+    return found | ({"rises": positions["rises"]} if positions else {}) | ({"tasks": scores} if scores else {})
 
 
-def read_export(run: RunDir, *, stage: str) -> Exported:
+def read_export(run: RunDir, *, stage: str, step: int | None = None) -> Exported:
     """What lies in a stage's folder of the run. RunStateError: nothing, or nothing that says what it is."""
-    folder, fix = run.export(stage), f"Fix: phidias export {run.name} stage={stage}"
+    name = at_step(stage, step)
+    folder, fix = run.export(name), f"Fix: phidias export {run.name} stage={stage}{'' if step is None else f' step={step}'}"
     if not folder.is_dir():
         raise RunStateError(f"{folder} is missing: stage {stage} has no export, and eval reads what export wrote. {fix}")
     try:
         source = read_json(folder / "phidias.json")
-        step, tokens = int(source["step"]), int(source["tokens"])
+        found_step, tokens = int(source["step"]), int(source["tokens"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         found = f"{folder / 'phidias.json'} is missing or unreadable ({error}); it says which checkpoint was exported"
         raise RunStateError(f"{found}. {fix}") from error
     files = [file.stat() for file in folder.iterdir()]
     size, written = sum(file.st_size for file in files), max(file.st_mtime for file in files)
-    return Exported(folder, stage, step, tokens, size, round(written, 3))
+    return Exported(folder, name, stage, found_step, tokens, size, round(written, 3))
 
 
 class Loaded:
@@ -204,9 +274,7 @@ class Loaded:
 
     @cached_property
     def tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.exported.path, local_files_only=True)
+        return load_tokenizer(self.exported.path)
 
 
 def measure_held_out(run: RunDir, config: RunConfig, *, loaded: Loaded) -> HeldOut:
@@ -381,7 +449,7 @@ def caveats(run: RunDir, exported: Exported, held_out: HeldOut) -> list[str]:
     """What a reader of the figures must know."""
     saved, _ = newest_checkpoint(run, exported.stage)
     lines = [f"left out: {name}, {reason}" for name, reason in held_out.left_out.items()]
-    if saved and saved.meta.step != exported.step:
+    if saved and saved.meta.step != exported.step and exported.name == exported.stage:
         lines.append(
             f"the export is of step {exported.step}, the newest checkpoint of step {saved.meta.step}: "
             f"`phidias export {run.name} stage={exported.stage}` writes that one"
@@ -407,21 +475,48 @@ def verdict(exported: Exported, held_out: HeldOut) -> str:
     return f"agrees with the run's validation at step {held_out.run_step}: {largest:.1e} nats apart, {rule} allowed"
 
 
-def main() -> ExitClass:
+def show(found: Evaluation, *, run: RunDir) -> None:
+    """Its figures, and what is to be known of them. RunStateError where it is not the model that was trained."""
+    exported, held_out = found.exported, found.held_out
+    print("\n".join([table(exported, held_out), *caveats(run, exported, held_out)]))
+    if found.long_context:
+        print(long_context.table(found.long_context))
+    if found.tasks:
+        print(tasks.table(found.tasks))
+    print(*filter(None, [verdict(exported, held_out), f"written to {run.eval(exported.name)}"]), sep="\n")
+
+
+def read_words(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m training.interop.evaluate", description=__doc__)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--stage", required=True)
+    parser.add_argument("--step", type=int, help="of a checkpoint that was exported by itself")
+    parser.add_argument("--every-step", action="store_true", help="then also each checkpoint without figures")
     parser.add_argument("--long-context", choices=("true", "false"), help="null: where the stage has longer sequences")
-    arguments = parser.parse_args()
+    parser.add_argument("--tasks", help="names, with commas")
+    parser.add_argument("--task-dir", type=Path)
+    parser.add_argument("--num-fewshot", type=int)
+    parser.add_argument("--limit", type=int)
+    return parser.parse_args(words)
+
+
+def wanted_of(arguments: argparse.Namespace) -> Wanted:
+    """With the tasks' data, so that what cannot be had is told before anything is measured."""
+    names = tuple(filter(None, (arguments.tasks or "").split(",")))
+    asked = Asked(names, arguments.task_dir, arguments.num_fewshot, arguments.limit)
+    long = {None: None, "true": True, "false": False}[arguments.long_context]
+    return Wanted(long, Tasks(asked) if names else None)
+
+
+def main() -> ExitClass:
+    arguments = read_words()
     run = RunDir(arguments.run_dir)
-    asked = {None: None, "true": True, "false": False}[arguments.long_context]
     try:
-        found = evaluate(run, read_config(run), stage=arguments.stage, long=asked)
-        exported, held_out = found.exported, found.held_out
-        print("\n".join([table(exported, held_out), *caveats(run, exported, held_out)]))
-        if found.long_context:
-            print(long_context.table(found.long_context))
-        print(*filter(None, [verdict(exported, held_out), f"written to {run.eval(arguments.stage)}"]), sep="\n")
+        config, stage, wanted = read_config(run), arguments.stage, wanted_of(arguments)
+        show(evaluate(run, config, stage=stage, step=arguments.step, wanted=wanted), run=run)
+        for found in evaluate_steps(run, config, stage=stage, wanted=wanted) if arguments.every_step else ():
+            print()
+            show(found, run=run)
     except torch.OutOfMemoryError as error:
         fix = "Fix: CUDA_VISIBLE_DEVICES= evaluates on the CPU, in fp32"
         print(f"phidias: the exported model does not fit this GPU; eval runs on one ({error}). {fix}", file=sys.stderr)

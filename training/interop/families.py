@@ -14,6 +14,7 @@ from torch import Tensor
 
 from launcher.config.schema import ModelConfig, StageSettings
 from launcher.plan.foreign import FAMILY_NAMES, FamilyNames, bias_of, split_rows
+from training.interop.rope import rope_parameters
 
 QKV, FC1 = "self_attention.linear_qkv", "mlp.linear_fc1.weight"
 # Megatron's names and those that Llama and its descendants share.
@@ -33,6 +34,9 @@ NORMS = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
+# What config.json says of biases: Qwen2 has those of Q, K and V without a word.
+UNBIASED: dict[str, Any] = {"attention_bias": False, "mlp_bias": False}
+QKV_BIASED: dict[str, Any] = {"use_sliding_window": False}
 
 
 @dataclass(frozen=True)
@@ -107,15 +111,12 @@ def hf_config(model: ModelConfig, *, stage: StageSettings, ids: TokenIds, dtype:
         "head_dim": model.kv_channels,
         "hidden_act": "silu",
         "rms_norm_eps": model.layernorm_epsilon,
-        "max_position_embeddings": stage.seq_length,
-        "original_max_position_embeddings": stage.seq_length,
-        "rope_theta": float(stage.rotary_base),
-        "rope_scaling": None,
+        **rope_parameters(stage),
         "initializer_range": model.init_method_std,
-        "attention_bias": False,
         "attention_dropout": model.attention_dropout,
         "tie_word_embeddings": model.tied_embeddings,
         "sliding_window": None,
+        **(QKV_BIASED if family.qkv_bias else UNBIASED),
         "use_cache": True,
         "bos_token_id": ids.bos,
         "eos_token_id": ids.eos,
