@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.serialization import get_default_load_shar
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.tensor_parallel.random import convert_cuda_rng_state, is_graph_safe_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -28,6 +29,9 @@ from launcher.rundir.checkpoints import DP_RESHARDABLE, FULLY_RESHARDABLE, Check
 from launcher.rundir.paths import RunDir
 from training.interop.importing import import_weights
 from training.saving import Writer
+
+# What transformer-engine's modules keep beside their weights, of FP8: a checkpoint of CPU ranks has none, and they begin anew.
+EXTRA_STATE = "_extra_state"
 
 
 def content_metadata(sharding: str) -> dict[str, Any]:
@@ -144,17 +148,21 @@ class Checkpointer:
     def _read(self, state: dict[str, Any], path: Path) -> dict[str, Any]:
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(path)), group)
+        said = f"{path} could not be read into this model and layout"
         try:
-            loaded: dict[str, Any] = dist_checkpointing.load(state, str(path), strategy, strict="raise_unexpected")
+            found = dist_checkpointing.load(state, str(path), strategy, strict="return_unexpected")
         except (Exception, CheckpointException) as error:
-            raise CheckpointError(
-                f"{path} could not be read into this model and layout: {type(error).__name__}: {error}"
-            ) from error
+            raise CheckpointError(f"{said}: {type(error).__name__}: {error}") from error
+        loaded: dict[str, Any] = found[0]
+        if lacking := sorted(name for name in found[2] if not name.endswith(EXTRA_STATE)):
+            raise CheckpointError(f"{said}: it has no {', '.join(lacking[:3])}")
         return loaded
 
     def _load_weights(self, loaded: dict[str, Any]) -> None:
         for name, chunk in self._named_chunks():
-            chunk.load_state_dict(loaded[name], strict=True)
+            missing, unexpected = chunk.load_state_dict(loaded[name], strict=False)
+            if wrong := [*unexpected, *(key for key in missing if not key.endswith(EXTRA_STATE))]:
+                raise CheckpointError(f"a checkpoint and the model differ in {', '.join(wrong[:3])}")
 
     def _named_chunks(self) -> list[tuple[str, torch.nn.Module]]:
         chunks = unwrap_model(self.chunks)
@@ -182,15 +190,24 @@ def layout_key(layout: Layout) -> dict[str, int]:
 
 
 def get_rng() -> dict[str, Any]:
-    state = {"torch": torch.get_rng_state(), "tracker": dict(tensor_parallel.get_cuda_rng_tracker().get_states())}
+    states = tensor_parallel.get_cuda_rng_tracker().get_states()
+    state = {"torch": torch.get_rng_state(), "tracker": {name: convert_cuda_rng_state(one) for name, one in states.items()}}
     return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
 def set_rng(state: dict[str, Any]) -> None:
+    """Of another kind of device, its generators stay as they are: begun from the seed."""
     torch.set_rng_state(state["torch"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
-    if "cuda" in state and torch.cuda.is_available():
+    if ("cuda" in state) != torch.cuda.is_available():
+        return
+    if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    if is_graph_safe_cuda_rng_tracker(tracker):  # CUDA graphs go on drawing from the generators that they were captured with
+        for name, generator in tracker.get_states().items():
+            generator.set_state(state["tracker"][name])
+    else:
+        tracker.set_states(state["tracker"])
 
 
 def restore_settings(optimizer: MegatronOptimizer, optim: Optim) -> None:

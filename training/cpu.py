@@ -87,6 +87,8 @@ def install() -> None:
         raise RuntimeError("the CPU support is for machines without CUDA")
     if torch.cuda.current_device is _current_device:
         return
+    if not any(name.startswith("megatron.core") for name in sys.modules):
+        sys.modules["transformer_engine"] = None  # type: ignore[assignment]  # where it is installed: its kernels are CUDA's
     _import_megatron()
     torch.cuda.current_device = _current_device
     torch.cuda.synchronize = lambda device=None: None

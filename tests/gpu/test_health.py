@@ -1,6 +1,6 @@
 """What watches the health of a GPU rank, on a GPU: NVML, the clock of forward passes, the digest of weights.
 
-    benchmarks/gpu_smoke.sh
+    benchmarks/gpu_session.sh checks
 
 NOT YET RUN ON A GPU (as of 2026-11-22): none could be had.
 """

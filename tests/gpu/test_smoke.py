@@ -1,14 +1,15 @@
-"""The first check of a GPU: the tiny model through training.model with transformer-engine, in bf16 and three FP8 recipes, and
-with documents apart (packed rows, transformer-engine's thd attention).
+"""The first check of a GPU: the tiny model through training.model with transformer-engine, in bf16 and three FP8 recipes, with
+documents apart (packed rows, transformer-engine's thd attention), and with every option that GPUs alone have.
 
-    benchmarks/gpu_smoke.sh                  all of it, on a machine with one Hopper GPU
+    benchmarks/gpu_session.sh checks         all of it, on a machine with one Hopper GPU
     python -m tests.gpu.test_smoke           these checks without pytest
     python -m tests.gpu.test_smoke --cpu     the same code in bf16 on CPU ranks: a rehearsal of this file, not of the GPU
 
-NOT YET RUN ON A GPU (as of 2026-11-21): none could be had. Until then only the rehearsal has passed, and every tolerance below
+NOT YET RUN ON A GPU (as of 2026-11-22): none could be had. Until then only the rehearsal has passed, and every tolerance below
 that concerns FP8 is an expectation.
 
-Each case trains in a process of its own, so that one recipe's state, or its crash, does not reach the next.
+Each case (tests/gpu/cases.py) trains in a process of its own, so that one recipe's state, or its crash, does not reach the
+next.
 """
 
 import functools
@@ -20,13 +21,15 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
-import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+
+from tests.gpu.cases import CASES, STEPS
+from tests.gpu.cases import PRECISIONS as PRECISIONS
 
 try:
     import pytest
@@ -34,30 +37,8 @@ except ModuleNotFoundError:  # a bare GPU machine: see the runner at the end
     pytest = None  # type: ignore[assignment]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-STEPS = 20
 TIMEOUT_S = 180  # a case takes some 15 s, of which most are imports
-# Every dimension of a linear layer, and the tokens of a micro batch, are multiples of 128: blockwise FP8 needs that. The wide
-# initial weights move the first loss well away from ln(vocabulary), so that it says something about them.
-MODEL = dict(
-    hidden_size=256, num_attention_heads=4, num_query_groups=2, kv_channels=64, ffn_hidden_size=512, num_layers=4,
-    init_method_std=0.1,
-)  # fmt: skip
-SEQ_LENGTH, MICRO_BATCH = 128, 2
-# As in model_configs/precision.
-BF16 = dict(name="bf16", params_dtype="bf16")
-PRECISIONS: dict[str, dict[str, Any]] = {
-    "fp32": {},
-    "bf16": BF16,
-    "fp8_delayed": dict(BF16, fp8="delayed", fp8_format="hybrid", fp8_amax_history_len=1024),
-    "fp8_tensorwise": dict(
-        BF16, fp8="tensorwise", fp8_format="hybrid", num_layers_at_start_in_bf16=1, num_layers_at_end_in_bf16=1
-    ),
-    "fp8_blockwise": dict(BF16, fp8="blockwise", fp8_format="e4m3"),
-    # Documents apart: on a GPU packed rows, on the CPU a mask. (Context parallelism needs more GPUs than one.)
-    "fp32_documents": {},
-    "bf16_documents": BF16,
-}
-EOD = 249
+AT_ONCE = 4  # cases that the runner without pytest has under way: one alone leaves the GPU idle
 
 
 def missing() -> str | None:
@@ -75,139 +56,34 @@ if pytest is not None:
     pytestmark = [pytest.mark.gpu, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 
 
-# The child: one case
-
-
-def train_case(name: str, *, on_cpu: bool) -> dict[str, Any]:
-    """Trains STEPS steps on one batch, saves, goes on, loads, goes on again."""
-    if on_cpu:
-        sys.modules["transformer_engine"] = None  # type: ignore[assignment]  # megatron then takes its local layers
-        from training import cpu
-
-        cpu.install()
-    from pydantic import TypeAdapter
-
-    from launcher.config.schema import ModelConfig, StageConfig
-    from launcher.plan.stage import plan_stage
-    from tests.training import tiny
-    from training.model import build_model
-    from training.optimizer import build_optimizer, build_schedule, set_schedule
-    from training.parallel import initialize_parallel, join_world, leave_world
-    from training.step import Stepper
-
-    stage = TypeAdapter(StageConfig).validate_python(stage_dict(name))
-    model = TypeAdapter(ModelConfig).validate_python({**tiny.MODEL, **MODEL})
-    device = join_world(timeout_s=120)
-    rank = initialize_parallel(stage.layout, seed=7, device=device, timeout_s=120)
-    chunks = build_model(stage, model=model, seed=7)
-    optimizer = build_optimizer(stage, chunks=chunks)
-    plan = plan_stage(stage, cluster=tiny.run_config(Path("unused")).cluster)
-    schedule = build_schedule(stage, plan=plan, optimizer=optimizer)
-    stepper, batches = Stepper(stage, chunks=chunks, optimizer=optimizer, rank=rank), repeated_batches(stage, device=device)
-
-    def step(index: int) -> tuple[float, float, float]:
-        began = time.perf_counter()
-        set_schedule(schedule, samples=(index + 1) * MICRO_BATCH)
-        sums, norm = stepper.train(batches, num_microbatches=len(batches))
-        return sums.loss, norm, time.perf_counter() - began
-
-    losses, norms, seconds = zip(*(step(index) for index in range(STEPS)), strict=True)
-    result = dict(
-        losses=losses,
-        norms=norms,
-        step_ms=round(1e3 * sorted(seconds)[STEPS // 2], 2),
-        layer=type(chunks[0].module.module.decoder.layers[0].mlp.linear_fc1).__name__ if "fp32" not in name else None,
-        packed=batches[0].packed is not None,
-        device=str(chunks[0].buffers[0].grad_data.device),
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        result |= check_checkpoint(Path(folder), stage=stage, chunks=chunks, optimizer=optimizer, step=step)
-    leave_world()
-    return result
-
-
-def stage_dict(name: str) -> dict[str, Any]:
-    from tests.training import tiny
-
-    masked = name.endswith("documents")
-    return tiny.stage_config(
-        precision=PRECISIONS[name],
-        layout=dict(micro_batch_size=1 if masked else MICRO_BATCH),
-        stage=dict(
-            seq_length=SEQ_LENGTH, global_batch_size=MICRO_BATCH, tokens=2.0 * STEPS * SEQ_LENGTH * MICRO_BATCH,
-            reset_attention_mask=masked, reset_position_ids=masked,
-        ),
-        optim=dict(lr=2e-4, min_lr=1e-4, warmup_tokens=0.0),
-    )  # fmt: skip
-
-
-def repeated_batches(stage: Any, *, device: torch.device) -> list[Any]:
-    """Two rows, each a micro batch where documents are apart. They also end at a row's beginning and at its end."""
-    from training.batch import micro_batches, stream_rows
-
-    tokens = torch.randint(EOD, (MICRO_BATCH, SEQ_LENGTH + 1), generator=torch.Generator().manual_seed(3)).int().numpy()
-    tokens[0, [20, 21, 45, 70, 100]] = tokens[1, [0, 33, 66, 99, SEQ_LENGTH - 1]] = EOD
-    # Every label counts in all cases: what the masks change is what attention sees.
-    masks = dict(reset_attention_mask=stage.stage.reset_attention_mask, eod_mask_loss=False)
-    rows = stream_rows(tokens, source=np.arange(MICRO_BATCH, dtype=np.int32), eod_id=EOD, **masks)
-    return micro_batches(rows, stage=stage, device=device)
-
-
-def check_checkpoint(folder: Path, *, stage: Any, chunks: Any, optimizer: Any, step: Any) -> dict[str, Any]:
-    """Save, two steps, load in place: every weight and moment as at the save, and the next loss the same again."""
-    from launcher.rundir.checkpoints import FORMAT_VERSION, Meta, newest_checkpoint
-    from launcher.rundir.paths import RunDir
-    from training.checkpoint import Checkpointer, layout_key
-
-    run = RunDir(folder / "run")
-    checkpointer = Checkpointer(run, stage="pretrain", layout=stage.layout, chunks=chunks, optimizer=optimizer)
-    meta = Meta(
-        format_version=FORMAT_VERSION, stage="pretrain", step=STEPS, samples=STEPS * MICRO_BATCH, tokens=0, finished=False,
-        layout=layout_key(stage.layout), ledger={}, start_ledger={}, tokens_by_source={}, files={},
-    )  # fmt: skip
-    saved_state = snapshot(chunks, optimizer=optimizer)
-    checkpointer.save(meta, policy=stage.stage.checkpoint)
-    first = [step(STEPS + index)[0] for index in range(2)]
-    moved_state = snapshot(chunks, optimizer=optimizer)
-    saved, refused = newest_checkpoint(run, "pretrain")
-    assert saved is not None, refused
-    checkpointer.load(saved, stage.optim)
-    loaded_state = snapshot(chunks, optimizer=optimizer)
-    second = [step(STEPS + index)[0] for index in range(2)]
-    return dict(
-        tensors=len(saved_state),
-        moved=sum(not torch.equal(saved_state[key], moved_state[key]) for key in saved_state),
-        differing=[key for key in saved_state if not torch.equal(saved_state[key], loaded_state[key])],
-        after_save=first,
-        after_load=second,
-    )
-
-
-def snapshot(chunks: Any, *, optimizer: Any) -> dict[str, torch.Tensor]:
-    """Weights as they are computed with, the fp32 master weights and the moments; copies."""
-    found = {f"weight {i} {name}": p for i, chunk in enumerate(chunks) for name, p in chunk.named_parameters()}
-    for i, inner in enumerate(optimizer.chained_optimizers):
-        for j, group in enumerate(inner.optimizer.param_groups):
-            for k, parameter in enumerate(group["params"]):
-                found[f"master {i} {j} {k}"] = parameter
-                for key, value in inner.optimizer.state[parameter].items():
-                    if isinstance(value, torch.Tensor):
-                        found[f"{key} {i} {j} {k}"] = value
-    return {key: value.detach().float().cpu().clone() for key, value in found.items()}
-
-
 # The parent: what must hold
 
 
-@functools.cache
 def case(name: str, *, on_cpu: bool = False) -> dict[str, Any]:
-    """The results of a case, from a process of its own."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.gpu.test_smoke", "--case", name, *(["--cpu"] if on_cpu else [])]
+    """The results of a case. One that has failed fails again at once."""
+    found = outcome(name, on_cpu=on_cpu)
+    if isinstance(found, AssertionError):
+        raise found
+    return found
+
+
+@functools.cache
+def outcome(name: str, *, on_cpu: bool) -> dict[str, Any] | AssertionError:
+    try:
+        return run_case(name, on_cpu=on_cpu)
+    except AssertionError as error:
+        return error
+
+
+def run_case(name: str, *, on_cpu: bool) -> dict[str, Any]:
+    """In a process of its own."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.gpu.cases", name, *(["--cpu"] if on_cpu else [])]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     world = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, PYTHONPATH=path)
+    world |= dict(CUDA_DEVICE_MAX_CONNECTIONS="1", NCCL_GRAPH_REGISTER="0")  # as launcher/jobs/local.py sets them
     hidden = dict(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1") if on_cpu else {}
     environment = {**os.environ, **world, **hidden}
     child = subprocess.Popen(
@@ -233,7 +109,7 @@ def case(name: str, *, on_cpu: bool = False) -> dict[str, Any]:
 
 def reference(name: str) -> dict[str, Any]:
     """What the case computes in fp32 on the CPU."""
-    return case("fp32_documents" if name.endswith("documents") else "fp32", on_cpu=True)
+    return case("fp32_documents" if CASES[name].documents else "fp32", on_cpu=True)
 
 
 def relative(found: float, expected: float) -> float:
@@ -308,7 +184,93 @@ def test_fp8_blockwise() -> None:
     check_fp8("fp8_blockwise")
 
 
-def rehearse() -> None:
+# Options of GPUs alone
+
+
+def check_as_without(name: str, *, plain: str, first: float, last: float) -> dict[str, Any]:
+    """Trains as the case without the option does, within relative tolerances of the first loss and of the last; its main
+    weights began as drawn, and its checkpoint is whole."""
+    found, expected = case(name), case(plain)
+    check_learns(found, name=name)
+    for index, tolerance in ((0, first), (-1, last)):
+        pair = found["losses"][index], expected["losses"][index]
+        assert relative(*pair) < tolerance, f"{name}: loss {index} is {pair[0]}, without the option {pair[1]}"
+    check_main_weights(found, name=name)
+    check_checkpoint_result(found, name=name)
+    return found
+
+
+def check_main_weights(found: dict[str, Any], *, name: str) -> None:
+    assert found["main_weights"] > 4 * 4, f"{name}: {found['main_weights']} main weights were found"
+    assert found["wrong_main_weights"] == [], f"{name}: {found['wrong_main_weights']} did not begin as drawn"
+
+
+def test_main_weights() -> None:
+    check_main_weights(case("bf16"), name="bf16")
+
+
+def test_graphs() -> None:
+    """A replayed layer computes what a launched one does."""
+    found = check_as_without("graphs", plain="bf16", first=1e-3, last=0.02)
+    assert found["graphs"] >= 4, f"{found['graphs']} layers were captured"
+    assert case("bf16")["graphs"] == 0
+
+
+def test_graphs_fp8() -> None:
+    found = check_as_without("graphs_fp8", plain="fp8_tensorwise", first=0.01, last=0.05)
+    assert found["graphs"] >= 4, f"{found['graphs']} layers were captured"
+
+
+def test_native_loss() -> None:
+    check_as_without("native_loss", plain="bf16", first=0.01, last=0.02)
+
+
+def test_unfused_loss() -> None:
+    check_as_without("unfused_loss", plain="bf16", first=0.01, last=0.02)
+
+
+def test_bf16_moments() -> None:
+    check_moments("bf16_moments", plain="bf16")
+
+
+def test_fp8_bf16_moments() -> None:
+    check_moments("fp8_bf16_moments", plain="fp8_delayed")
+
+
+def check_moments(name: str, *, plain: str) -> None:
+    """They change the updates alone, so the first loss not at all, and the main weights stay where they are."""
+    found = check_as_without(name, plain=plain, first=1e-3, last=0.1)
+    assert found["moments"] == ["torch.bfloat16"], found["moments"]
+    assert case(plain)["moments"] == ["torch.float32"], case(plain)["moments"]
+
+
+def test_tensorwise_gather() -> None:
+    check_as_without("tensorwise_gather", plain="fp8_tensorwise", first=0.01, last=0.05)
+
+
+def test_blockwise_gather() -> None:
+    check_as_without("blockwise_gather", plain="fp8_blockwise", first=0.01, last=0.05)
+
+
+def test_offloading() -> None:
+    """Activations of half of the layers wait on the host."""
+    check_less_memory("offloading")
+
+
+def test_recompute_mlp() -> None:
+    check_less_memory("recompute_mlp")
+
+
+def test_recompute_full() -> None:
+    check_less_memory("recompute_full")
+
+
+def check_less_memory(name: str) -> None:
+    found = check_as_without(name, plain="long", first=1e-3, last=0.02)
+    assert found["step_mib"] < 0.95 * case("long")["step_mib"], f"{name}: {found['step_mib']}, {case('long')['step_mib']} MiB"
+
+
+def rehearse_first() -> None:
     """What can be checked of this file without a GPU."""
     found = case("bf16", on_cpu=True)
     check_learns(reference("bf16"), name="fp32")
@@ -316,30 +278,57 @@ def rehearse() -> None:
     check_same_model(found, name="bf16", loss=0.02, norm=0.05)
     for name, result in (("fp32", reference("bf16")), ("bf16", found)):
         check_checkpoint_result(result, name=name)
+
+
+def rehearse_documents() -> None:
     check_same_model(case("bf16_documents", on_cpu=True), name="bf16_documents", loss=0.02, norm=0.05)
     check_documents(case("bf16_documents", on_cpu=True))
 
 
-GPU_CHECKS = (test_bf16, test_documents, test_fp8_delayed, test_fp8_tensorwise, test_fp8_blockwise)
+def rehearse_options() -> None:
+    """Those that CPU ranks have too."""
+    check_main_weights(case("bf16", on_cpu=True), name="bf16")
+    assert case("bf16", on_cpu=True)["moments"] == ["torch.float32"]
+    for name in ("recompute_mlp", "recompute_full"):
+        found, plain = case(name, on_cpu=True), case("bf16", on_cpu=True)
+        assert relative(found["losses"][-1], plain["losses"][-1]) < 1e-3, f"{name}: {found['losses']}, {plain['losses']}"
+        check_checkpoint_result(found, name=name)
+
+
+REHEARSALS = (rehearse_first, rehearse_documents, rehearse_options)
+GPU_CHECKS = (
+    test_bf16, test_documents, test_fp8_delayed, test_fp8_tensorwise, test_fp8_blockwise, test_main_weights, test_graphs,
+    test_graphs_fp8, test_native_loss, test_unfused_loss, test_bf16_moments, test_fp8_bf16_moments, test_tensorwise_gather,
+    test_blockwise_gather, test_offloading, test_recompute_mlp, test_recompute_full,
+)  # fmt: skip
+
+
+def run_ahead() -> None:
+    """All cases, some at a time; what fails is told by the check that asks for it."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(lambda name: outcome(name, on_cpu=name.startswith("fp32")), CASES))
 
 
 def main() -> int:
     """Runs the checks one after the other without pytest; 1 where one fails or none can run."""
-    if "--case" in sys.argv:
-        print(json.dumps(train_case(sys.argv[sys.argv.index("--case") + 1], on_cpu="--cpu" in sys.argv)))
-        return 0
-    if "--cpu" not in sys.argv and missing():
+    on_cpu = "--cpu" in sys.argv
+    if not on_cpu and missing():
         print(f"cannot run: {missing()}")
         return 1
-    failed = 0
-    for check in [rehearse] if "--cpu" in sys.argv else GPU_CHECKS:
-        try:
-            check()
-            print(f"passed  {check.__name__}", flush=True)
-        except AssertionError as error:
-            failed += 1
-            print(f"FAILED  {check.__name__}: {error}", flush=True)
-    return min(failed, 1)
+    if not on_cpu:
+        run_ahead()
+    failed = [check for check in (REHEARSALS if on_cpu else GPU_CHECKS) if not passed(check)]
+    return min(1, len(failed))
+
+
+def passed(check: Callable[[], None]) -> bool:
+    try:
+        check()
+    except Exception as error:
+        print(f"FAILED  {check.__name__}: {type(error).__name__}: {error}", flush=True)
+        return False
+    print(f"passed  {check.__name__}", flush=True)
+    return True
 
 
 if __name__ == "__main__":

@@ -11,14 +11,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from launcher.config.schema import StageConfig
 from launcher.plan.stage import StagePlan, plan_stage
-from launcher.rundir.checkpoints import Meta, newest_checkpoint
+from launcher.rundir.checkpoints import CheckpointError, Meta, newest_checkpoint
 from launcher.rundir.paths import RunDir
 from tests.training.tiny import run_config
 from tests.training.world import cpu_seams, model, one_rank, stage
-from training.checkpoint import Checkpointer, layout_key, restore_settings
+from training.checkpoint import Checkpointer, get_rng, layout_key, restore_settings, set_rng
 from training.model import build_model
 from training.optimizer import build_optimizer, build_schedule, set_schedule
 
@@ -193,6 +194,31 @@ def test_after_a_load_the_config_rules(tmp_path: Path, seams: None) -> None:
     loaded = adam(optimizer).state_dict()["state"]
     assert moments.keys() == loaded.keys()
     assert all(torch.equal(moments[key]["exp_avg"], loaded[key]["exp_avg"]) for key in moments)
+
+
+def test_what_fp8_keeps_may_be_missing_and_nothing_else(tmp_path: Path, seams: None) -> None:
+    """As where a GPU reads a checkpoint of CPU ranks: transformer-engine's modules ask for a state that those have not."""
+    run, config = RunDir(tmp_path / "run"), stage()
+    with one_rank(config.layout):
+        chunks, optimizer = stepped(config)
+        checkpointer = Checkpointer(run, stage="pretrain", layout=config.layout, chunks=chunks, optimizer=optimizer)
+        checkpointer.save(meta(config), policy=config.stage.checkpoint)
+        saved, _ = newest_checkpoint(run, "pretrain")
+        assert saved is not None
+        weights = checkpointer._model_state()
+        lacking = {name: ShardedObject(name, None, (1,), (0,)) for name in ("a.b._extra_state", "a.b.weight")}
+        known = checkpointer._read(weights | {"one": lacking["a.b._extra_state"]}, saved.path)
+        assert set(weights["model"]) <= set(known["model"])
+        with pytest.raises(CheckpointError, match=r"could not be read into this model and layout: it has no a\.b\.weight"):
+            checkpointer._read(checkpointer._model_state() | {"one": lacking["a.b.weight"]}, saved.path)
+
+
+def test_random_numbers_of_another_kind_of_device_are_left(seams: None) -> None:
+    with one_rank(stage().layout):
+        before = get_rng()
+        of_a_gpu = {**before, "cuda": torch.zeros(16, dtype=torch.uint8), "tracker": {"of a GPU": torch.zeros(16)}}
+        set_rng(of_a_gpu)
+        assert get_rng()["tracker"].keys() == before["tracker"].keys()
 
 
 def change_a_byte(path: Path) -> None:
