@@ -113,8 +113,10 @@ class Checkpointer:
     def load_weights(self, saved: Saved) -> None:
         """Starts a stage from another's weights in the type they are computed with, where its optimizer is of another form: the
         moments begin anew."""
-        self._load_weights(self._read(self._model_state(), saved.path))
-        self.optimizer.reload_model_params()
+        loaded = self._read(self._model_state(), saved.path)
+        self._load_weights(loaded)
+        # The distributed optimizer's main weights come from what was read: the parameters themselves may be rounded to FP8.
+        self.optimizer.reload_model_params(loaded if self.layout.distributed_optimizer else None)
 
     def _load(self, saved: Saved, optim: Optim, *, rng: dict[str, ShardedObject]) -> dict[str, Any]:
         with self.settled_parameters():

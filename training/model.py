@@ -33,6 +33,8 @@ ACTIVATIONS = {"swiglu": (True, F.silu), "gelu": (False, F.gelu), "squared_relu"
 NORMS = {"rmsnorm": ("RMSNorm", RMSNorm), "layernorm": ("LayerNorm", LayerNorm)}
 # Of transformer-engine, that megatron-core 0.16.1 was made for: from the first one to before the second.
 TE_VERSIONS = ((2, 9), (2, 12))
+# Whose loss kernel takes gradients of tokens as Megatron gives them, transposed (its pull request 2402).
+TE_LOSS = (2, 11)
 
 
 def have_transformer_engine() -> bool:
@@ -61,8 +63,7 @@ def refuse_undeliverable(precision: Precision) -> None:
 
 def refuse_unfit_engine(precision: Precision) -> None:
     found, first, end = engine_version(), *(".".join(map(str, bound)) for bound in TE_VERSIONS)
-    numbers = tuple(int(number) for number in re.findall(r"\d+", found)[:2])
-    if not TE_VERSIONS[0] <= numbers < TE_VERSIONS[1]:
+    if not TE_VERSIONS[0] <= release(found) < TE_VERSIONS[1]:
         raise PrecisionError(
             f"found transformer-engine {found}; megatron-core 0.16.1 is made for {first} up to, not including, {end}. "
             "Fix: pip install 'phidias[gpu]'"
@@ -72,6 +73,10 @@ def refuse_unfit_engine(precision: Precision) -> None:
             f"precision.fp8: found {precision.fp8!r}, which transformer-engine {found} does not compute here: {reason} "
             "Fix: another recipe (precision=fp8_tensorwise), or precision=bf16"
         )
+
+
+def release(found: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", found)[:2])
 
 
 def engine_version() -> str:
@@ -139,6 +144,11 @@ def _kernel_fields(layout: Layout) -> dict[str, Any]:
     """What of the layout concerns GPUs alone."""
     on_gpu = torch.cuda.is_available()
     impl = layout.cross_entropy_fusion_impl if on_gpu else "none"
+    if impl == "te" and release(engine_version()) < TE_LOSS:
+        raise PrecisionError(
+            f"layout.cross_entropy_fusion_impl: found te with transformer-engine {engine_version()}, whose kernel before 2.11 "
+            "scales the gradient of a token by another one's mask. Fix: layout.cross_entropy_fusion_impl=native, or 2.11"
+        )
     return dict(
         gradient_accumulation_fusion=on_gpu,
         cross_entropy_loss_fusion=impl != "none",

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from data_prep.errors import DataError
 from launcher.config.schema import RunConfig, StageConfig
 from launcher.plan.stage import plan_stage
 from launcher.rundir.ancestor import Ancestor, find_ancestor, place_of
@@ -111,7 +112,7 @@ def find_other_run(path: str, *, checkpointer: Checkpointer, note: Note) -> Ance
         found = on_rank_0(lambda: find_ancestor(Path(path), passing=damaged))
         if not (wrong := checkpointer.damages(found.saved)):
             break
-        damaged[found.saved.path.name] = "; ".join(wrong[:3])
+        damaged[f"{found.saved.meta.stage}/{found.saved.path.name}"] = "; ".join(wrong[:3])
     for reason in damaged.values():
         note("checkpoint_refused", reason=reason)
     return found
@@ -124,7 +125,7 @@ def on_rank_0(find: Callable[[], Found]) -> Found:
         try:
             answer[0] = find()
         except Exception as error:  # all ranks wait for the answer
-            known = isinstance(error, CheckpointError | RunStateError)
+            known = isinstance(error, CheckpointError | RunStateError | DataError)
             answer[1] = error if known else RuntimeError(f"{type(error).__name__}: {error}")
     dist.broadcast_object_list(answer, src=0)
     if answer[1] is not None:

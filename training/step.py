@@ -5,6 +5,7 @@ Shapes: B micro batch, S sequence on this rank, T the whole row, N sources.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.cuda_graphs import _CudagraphGlobalRecord
 from megatron.core.utils import get_model_config
 
 from launcher.config.schema import StageConfig
@@ -123,7 +125,8 @@ class Stepper:
         """Sums over held-out micro batches; dropout is off."""
         for chunk in self.chunks:
             chunk.eval()
-        reports = self._run(batches, num_microbatches=num_microbatches, forward_only=True)
+        with eagerly():
+            reports = self._run(batches, num_microbatches=num_microbatches, forward_only=True)
         for chunk in self.chunks:
             chunk.train()
         return self.reduce(reports, grad_norm=0.0, flags=Flags()).sums
@@ -156,6 +159,17 @@ class Stepper:
             forward_only=forward_only,
         )
         return reports
+
+
+@contextmanager
+def eagerly() -> Iterator[None]:
+    """No CUDA graph is replayed: those of layers were captured in training, with dropout, and do not wait for parameters that
+    are still being gathered."""
+    captured, _CudagraphGlobalRecord.cudagraph_created = _CudagraphGlobalRecord.cudagraph_created, False
+    try:
+        yield
+    finally:
+        _CudagraphGlobalRecord.cudagraph_created = captured
 
 
 def connect(chunks: list[DistributedDataParallel], *, optimizer: MegatronOptimizer, clocks: Clocks) -> None:

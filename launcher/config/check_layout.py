@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from launcher.config.errors import Problem
-from launcher.config.schema import RunConfig, StageConfig
+from launcher.config.schema import Layout, ModelConfig, RunConfig, StageConfig
 
 # Tokens of one of the two chunks that a context-parallel rank computes: fewer leave the attention kernel's tile empty.
 MIN_CHUNK = 128
@@ -178,6 +178,9 @@ def check_graphs(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
         "rows of documents kept apart (reset_attention_mask) differ from one micro batch to the next": bool(
             stage.stage.reset_attention_mask
         ),
+        "what a graph computes again draws no random numbers (recompute selective with dropout)": draws_again(
+            layout, model=config.model
+        ),
         "a pipeline captures each microbatch of its own, and the batch grows (stage.rampup_batch_size)": bool(
             layout.pp > 1 and stage.stage.rampup_batch_size
         ),
@@ -185,6 +188,11 @@ def check_graphs(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:
     for rule, applies in refused.items():
         if applies:
             yield Problem("layout.cuda_graph_impl", layout.cuda_graph_impl, rule, fix)
+
+
+def draws_again(layout: Layout, *, model: ModelConfig) -> bool:
+    modules = layout.recompute_modules if layout.recompute == "selective" else ()
+    return ("core_attn" in modules and model.attention_dropout > 0) or ("mlp" in modules and model.hidden_dropout > 0)
 
 
 def check_offloading(stage: StageConfig, *, config: RunConfig) -> Iterator[Problem]:

@@ -22,6 +22,9 @@ def check_fp8_fields(stage: StageConfig, *, config: RunConfig) -> Iterator[Probl
     if precision.params_dtype != "bf16":
         rule = "what FP8 leaves out is computed in bf16"
         yield Problem("precision.params_dtype", precision.params_dtype, rule, "precision.params_dtype=bf16")
+    if precision.fp8_param_gather and not stage.layout.distributed_optimizer:
+        rule = "weights in FP8 are kept and gathered by the distributed optimizer"
+        yield Problem("precision.fp8_param_gather", "true", rule, "false, or layout.distributed_optimizer=true")
     yield from check_bf16_layers(stage, config=config)
 
 

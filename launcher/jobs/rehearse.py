@@ -21,7 +21,7 @@ STDERR = 2  # its number: what the process says is not what out=json prints
 # Of training.rehearse, which writes them.
 MEASURED, PROFILE = "rehearsal.json", "profile.txt"
 # Of model_configs/hardware, by the word that the device's own name has in it.
-DEVICES = ("h100", "h200", "a100", "gb200", "b200", "l40s")
+DEVICES = ("gh200", "h100", "h200", "a100", "gb200", "b200", "l40s")
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,9 @@ class Memory:
             held["communication buffers"] = self._communication()
             held["CUDA context"] = CONTEXT_BYTES
             held["allocator slack"] = SLACK * sum(activations.values())
+            if self.precision.moments_dtype == "bf16":
+                # At the update all moments of the rank are there in fp32 too; activations are gone by then.
+                held["moments in fp32"] = max(0.0, 2 * held["optimizer states"] - sum(activations.values()))
         return {name: size for name, size in held.items() if size}
 
     def _states(self, index: int) -> dict[str, float]:

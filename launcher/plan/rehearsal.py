@@ -25,7 +25,7 @@ MEMORY_ROWS: dict[str, tuple[str, ...]] = {
     "held_besides": ("FP8 weights",),
     "activations": ("activations", "logits and loss", "pipeline outputs"),
     "context": ("CUDA context",),
-    "slack": ("allocator slack",),
+    "slack": ("allocator slack", "moments in fp32"),
 }
 COMMUNICATION = "communication buffers"
 Measured = dict[str, Any]
@@ -184,9 +184,14 @@ def compare_memory(measured: Measured, *, config: RunConfig, stage: StageConfig)
     memory = Memory(stage, model=config.model, cluster=config.cluster, hardware=config.hardware)
     planned = memory.stages[measured["pipeline_stage"]].by_component
     rows = []
-    for name, components in MEMORY_ROWS.items():
+    sizes = dict(measured["memory_bytes"])
+    wanted = dict(MEMORY_ROWS)
+    if stage.precision.fp8_param_gather:  # what is cast is the weight itself
+        wanted["weights"] += wanted.pop("held_besides")
+        sizes["weights"] = None if sizes["weights"] is None else sizes["weights"] + (sizes["held_besides"] or 0)
+    for name, components in wanted.items():
         size = sum(value for key, value in planned.items() if key.split(":")[0] in components)
-        own = measured["memory_bytes"][name]
+        own = sizes[name]
         if size or own:
             rows.append(Compared(name.replace("_", " "), "GiB", None if own is None else own / GIB, size / GIB))
     total = sum(value for key, value in planned.items() if key != COMMUNICATION)

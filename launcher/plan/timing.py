@@ -282,7 +282,8 @@ class Timing:
         held = max(self._held, key=lambda held: held.parameters)
         sharded = held.parameters / (self._replicas if self.layout.distributed_optimizer else 1)
         gradient = 4.0 if precision.grad_reduce_in_fp32 else self.layer.width
-        moments = 16.0 if precision.moments_dtype == "fp32" else 8.0
+        # In bf16 they are cast to fp32, updated and cast back (transformer-engine 2.11, fused_adam.py).
+        moments = 16.0 if precision.moments_dtype == "fp32" else 48.0
         # Norm and update read the gradient; master weight and both moments are read and written; the weight is written.
         adam = sharded * (2 * gradient + 8.0 + moments + (self.layer.width if self.layer.plain == "bf16" else 0.0))
         zeroing = gradient * held.parameters

@@ -15,7 +15,7 @@ ABSENT = "absent"
 # A run is its model, its tokenizer and its text. Paths may move, the manifests' fingerprints tell whether the text is the same.
 # Amounts and phases of a mixture may change: what was read stays, the change is a phase of its own (rundir/order.py).
 FIXED = re.compile(
-    r"model\.|run\.seed$|tokenizer\.(kind|eod)$|data\.(chunk_tokens|group_tokens|held_out_fraction|length_buckets)$"
+    r"model\.(?!family$)|run\.seed$|tokenizer\.(kind|eod)$|data\.(chunk_tokens|group_tokens|held_out_fraction|length_buckets)$"
     r"|stages\.[^.]+\.stage\.(seq_length|rotary_base|rope_scaling.*|init_from|replay_from_tokens)$"
     r"|stages\.[^.]+\.stage\.(reset_attention_mask|reset_position_ids|eod_mask_loss)$"
     r"|stages\.[^.]+\.(layout\.distributed_optimizer|precision\.moments_dtype)$"  # its form in checkpoints

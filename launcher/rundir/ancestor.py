@@ -64,15 +64,16 @@ def place_of(path: Path) -> tuple[RunDir, str | None, str | None] | None:
 
 
 def find_ancestor(path: Path, *, passing: Mapping[str, str] | None = None) -> Ancestor:
-    """The checkpoint that a path names; not one of `passing`, steps that were found damaged, with the reasons. CheckpointError
-    where none is valid, RunStateError where the run's config cannot be read."""
+    """The checkpoint that a path names; not one of `passing`, `<stage>/<step>` that were found damaged, with the reasons.
+    CheckpointError where none is valid, RunStateError where the run's config cannot be read."""
     place = place_of(path)
     if place is None:
         raise CheckpointError(f"{path} is of no run: none of the folders above it has a config.yaml")
     run, stage, step = place
     config, refused = read_config(run), list((passing or {}).values())
     for name in [stage] if stage else reversed(config.run.stages):
-        found, why = newest_of(run, name, step=step, passing=passing or {})
+        own = {key.removeprefix(f"{name}/"): reason for key, reason in (passing or {}).items() if key.startswith(f"{name}/")}
+        found, why = newest_of(run, name, step=step, passing=own)
         refused += why
         if found and name in config.stage_names:
             return Ancestor(run, config, found)
@@ -85,7 +86,7 @@ def newest_of(run: RunDir, stage: str, *, step: str | None, passing: Mapping[str
         return newest_checkpoint(run, stage, passing=passing)
     try:
         number = int(step.removeprefix("step_"))
-        return (None if step in passing else checkpoint_at(run, stage, step=number)), []
+        return (None if f"step_{number:08d}" in passing else checkpoint_at(run, stage, step=number)), []
     except ValueError:
         return None, [f"{step} is the name of no checkpoint"]
     except CheckpointError as error:

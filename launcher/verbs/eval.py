@@ -59,6 +59,8 @@ def task_words(options: Mapping[str, str], *, config: RunConfig) -> list[str]:
         raise ConfigError(Problem("task_dir", folder, "it is the folder of the YAML files of tasks", "its path from here"))
     numbers = {"num_fewshot": said.num_fewshot, "limit": said.limit}
     found = {key: whole_number(key, options.get(key), example=f"{key}=10") for key in numbers}
+    if found["limit"] == 0:
+        raise ConfigError(Problem("limit", "0", "so many documents of a task are scored", "limit=10, or leave it out for all"))
     rows = {key: number if found[key] is None else found[key] for key, number in numbers.items()}
     flags = [word for key, value in rows.items() if value is not None for word in (f"--{key.replace('_', '-')}", str(value))]
     return ["--tasks", tasks, *(["--task-dir", str(Path(folder).resolve())] if folder else []), *flags]

@@ -95,6 +95,7 @@ def test_a_kill_another_layout_and_another_batch_read_the_same_windows(prepared:
     assert sorted(traced(run)) == list(range(320))
 
 
+@slow
 def test_a_mixture_changed_on_resume_is_a_phase_from_there_on(prepared: Workspace, straight: Workspace) -> None:
     run = prepared.named("changed")
     train(run, "stage=small", "stage.tokens=10240")

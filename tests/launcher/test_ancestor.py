@@ -88,7 +88,10 @@ def test_other_folders_are_of_no_run(parent):
 
 def test_what_is_torn_or_damaged_is_passed_over_for_the_one_before(parent):
     steps = parent.checkpoints("pretrain")
-    assert find_ancestor(steps, passing={"step_00000006": "rotted"}).saved.meta.step == 3
+    assert find_ancestor(steps, passing={"pretrain/step_00000006": "rotted"}).saved.meta.step == 3
+    assert find_ancestor(steps, passing={"midtrain/step_00000006": "rotted"}).saved.meta.step == 6  # of another stage
+    with pytest.raises(CheckpointError, match="rotted"):  # by a shorter number too
+        find_ancestor(steps / "step_6", passing={"pretrain/step_00000006": "rotted"})
     (steps / "step_00000006" / "shard").write_bytes(b"")
     assert find_ancestor(steps).saved.meta.step == 3
     with pytest.raises(CheckpointError, match=r"step_00000006 has no valid checkpoint .*the checkpoint is torn"):

@@ -35,11 +35,12 @@ from tests.training.shards import write_sources
 from tests.training.tiny import run_config, stage_config
 from tests.training.world import cpu_seams, one_rank
 from training.heartbeat import Heartbeat
-from training.interop import evaluate, held_out
+from training.interop import evaluate
 from training.interop.export import export
 from training.interop.exported import CPU, load_model, read_export
+from training.interop.held_out import TOLERANCE, HeldOut, caveats, document_bias, verdict
 from training.startup import Phases
-from training.step import Flags
+from training.step import Flags, mixture_loss
 from training.trainer import Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -107,7 +108,7 @@ def copy(exported: RunDir, tmp_path: Path) -> Iterator[RunDir]:
     assert not list(target.rglob("*.tmp"))
 
 
-def measure(run: RunDir, config: RunConfig | None = None) -> held_out.HeldOut:
+def measure(run: RunDir, config: RunConfig | None = None) -> HeldOut:
     return evaluate.evaluate(run, config or read_config(run), stage=STAGE).held_out
 
 
@@ -130,7 +131,7 @@ def test_an_export_scores_what_the_run_scored(case: str, exported: RunDir, tmp_p
     run = exported if case == "phi3" else train_and_export(tmp_path, sections=CASES[case])
     held_out = measure(run)
     own = [row for row in read_records(run.metrics) if row["kind"] == "validation"][-1]
-    assert held_out.agrees and held_out.tolerance == held_out.TOLERANCE["bf16" if case == "bf16" else "fp32"]
+    assert held_out.agrees and held_out.tolerance == TOLERANCE["bf16" if case == "bf16" else "fp32"]
     assert held_out.run_step == own["step"] and set(held_out.by_source) == {"a", "b"}
     rows = {**held_out.by_source, "mixture": held_out.mixture}
     assert {name: row.run_loss for name, row in rows.items()} == {**own["loss_by_source"], "mixture": own["loss"]}
@@ -144,7 +145,7 @@ def test_what_is_written(exported: RunDir) -> None:
     held_out = measure(exported)
     source = read_json(exported.export(STAGE) / "phidias.json")
     kept = read_json(exported.eval(STAGE))
-    assert source == {name: kept[name] for name in ("run", "stage", "step", "tokens")}
+    assert source == {name: kept[name] for name in ("run", "stage", "step", "tokens", "checkpoint")}
     assert kept["export"]["bytes"] > 500_000 and kept["export"]["path"] == str(exported.export(STAGE))
     section = kept["held_out"]
     assert section["agrees"] is True and section["dtype"] == "fp32" and "no window" in section["left_out"]["c"]
@@ -155,13 +156,13 @@ def test_what_is_written(exported: RunDir) -> None:
 
 
 def test_the_mixture_weighs_the_sources_by_their_shares() -> None:
-    assert held_out.mixture_loss({"a": 2.0, "b": 4.0}, shares={"a": 0.6, "b": 0.2, "c": 0.2}) == pytest.approx(2.5)
-    assert math.isnan(held_out.mixture_loss({"a": 2.0}, shares={"b": 1.0}))
+    assert mixture_loss({"a": 2.0, "b": 4.0}, shares={"a": 0.6, "b": 0.2, "c": 0.2}) == pytest.approx(2.5)
+    assert math.isnan(mixture_loss({"a": 2.0}, shares={"b": 1.0}))
 
 
 def test_documents_see_themselves_alone() -> None:
     document = torch.tensor([[0, 0, 1, 1]], dtype=torch.int32).numpy()
-    bias = held_out.document_bias(document, dtype=torch.float32, device=CPU)
+    bias = document_bias(document, dtype=torch.float32, device=CPU)
     assert (bias[0, 0] == 0).int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
 
 
@@ -260,8 +261,8 @@ def test_an_export_of_another_step_is_said_and_not_compared(copy: RunDir) -> Non
     write_json(path, read_json(path) | {"step": 1, "tokens": 160})
     found = evaluate.evaluate(copy, read_config(copy), stage=STAGE)
     exported, held_out = found.exported, found.held_out
-    assert held_out.agrees is None and held_out.mixture.run_loss is None and not held_out.verdict(exported, held_out)
-    said = "\n".join(held_out.caveats(copy, exported, held_out))
+    assert held_out.agrees is None and held_out.mixture.run_loss is None and not verdict(exported, held_out)
+    said = "\n".join(caveats(copy, exported, held_out))
     assert "left out: c" in said and "NOT compared: the run did not validate at step 1" in said
     assert "the export is of step 1, the newest checkpoint of step 7: `phidias export tiny stage=pretrain`" in said
 

@@ -101,9 +101,20 @@ def test_apex_is_taken_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_the_kernel_of_the_loss(impl: str, on_gpu: bool, expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    monkeypatch.setattr(training_model, "engine_version", lambda: "2.11.0")
     found = _kernel_fields(stage(layout=dict(cross_entropy_fusion_impl=impl)).layout)
     assert (found["cross_entropy_loss_fusion"], found["cross_entropy_fusion_impl"]) == expected
     assert found["gradient_accumulation_fusion"] == on_gpu
+
+
+def test_a_loss_kernel_that_mixes_tokens_up_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(training_model, "engine_version", lambda: "2.10.0")
+    assert _kernel_fields(stage(layout=dict(cross_entropy_fusion_impl="native")).layout)["cross_entropy_loss_fusion"]
+    with pytest.raises(
+        PrecisionError, match=r"found te with transformer-engine 2\.10\.0.*Fix: layout\.cross_entropy_fusion_impl=n"
+    ):
+        _kernel_fields(stage(layout=dict(cross_entropy_fusion_impl="te")).layout)
 
 
 def test_graphs_and_offloading_reach_megatron() -> None:

@@ -16,22 +16,23 @@ from tests.training.shards import write_sources
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CASES = {
-    1: ["layout:one", "layout:plain_optimizer", "layout:recompute", "layout:selective",
+    1: ["layout:one", "layout:plain_optimizer", "layout:recompute",
         "resume:one", "rewind:one", "batch", "nan", "masked:one", "long:one", "yarn:one"],
     2: [
         *(f"layout:{name}" for name in ("tp2_sp", "pp2_vpp2", "cp2", "dp2_overlap")),
-        *(f"resume:{name}" for name in ("dp2", "tp2_sp", "pp2_vpp2")),
-        "resume:dp2:bf16", "rewind:dp2_overlap", "move:dp2:tp2_sp", "masked:tp2_sp", "packed:cp2",
+        *(f"resume:{name}" for name in ("dp2", "pp2_vpp2")),
+        "resume:dp2:bf16", "rewind:dp2_overlap", "move:dp2:tp2_sp", "packed:cp2",
         "long:tp2_sp", "long:cp2", "yarn:cp2", "border:dp2:pp2_vpp2",
     ],
     4: ["layout:tp2_pp2_sp"],
 }  # fmt: skip
 # CI has no time for these: they run in `make test-slow`.
 SLOW = {
-    1: ["layout:mbs4", "layout:selective_mlp", "masked:mbs4", "yarn:one+masked"],
+    1: ["layout:mbs4", "layout:selective", "layout:selective_mlp", "masked:mbs4", "yarn:one+masked"],
     2: ["layout:tp2", "layout:dp2", "layout:pp2_vpp3_ends", "layout:dp2_plain", "layout:pp2_first1", "resume:cp2",
-        "resume:dp2_overlap", "resume:pp2", "move:pp2:cp2", "move:tp2:pp2_vpp2", "masked:cp2_mbs2", "masked:pp2",
-        "masked:pp2_vpp2", "masked:dp2", "long:pp2_vpp2", "long:dp2_overlap", "yarn:tp2_sp", "yarn:cp2+packed"],
+        "resume:tp2_sp", "resume:dp2_overlap", "resume:pp2", "move:pp2:cp2", "move:tp2:pp2_vpp2", "masked:cp2_mbs2",
+        "masked:tp2_sp", "masked:pp2", "masked:pp2_vpp2", "masked:dp2", "long:pp2_vpp2", "long:dp2_overlap",
+        "yarn:tp2_sp", "yarn:cp2+packed"],
     4: ["packed:pp2_vpp2_cp2", "layout:cp2_dp2", "layout:tp2_cp2", "packed:tp2_cp2", "masked:pp4", "long:tp2_pp2_sp"],
 }  # fmt: skip
 for world_size in SLOW if os.environ.get("PHIDIAS_SLOW") else ():

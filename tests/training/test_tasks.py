@@ -3,13 +3,14 @@
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launcher.report.report_eval import eval_section
-from launcher.rundir.checkpoints import CheckpointError
+from launcher.rundir.checkpoints import CheckpointError, checkpoint_at, file_digest
 from launcher.rundir.exits import RunStateError
 from launcher.rundir.freeze import read_config
 from launcher.rundir.paths import RunDir
@@ -91,6 +92,10 @@ def test_the_tokenizer_and_generation_config_that_users_load(exported: RunDir) -
 # Tasks
 
 
+def digest_of(run: RunDir, step: int) -> str:
+    return file_digest(checkpoint_at(run, STAGE, step=step).path / "meta.json")
+
+
 def asked(**changes: Any) -> Asked:
     return Asked(**{**dict(names=("words",), directory=EXAMPLE), **changes})
 
@@ -117,6 +122,13 @@ def test_a_learning_curve_of_tasks(exported: RunDir) -> None:
     assert [one.exported.name for one in found] == [EARLY] and not exported.export(EARLY).exists()
     assert read_json(exported.eval(EARLY))["step"] == 3 and found[0].held_out.agrees is None
     assert list(evaluate.evaluate_steps(exported, config, stage=STAGE, wanted=wanted)) == []
+    # Of fewer documents it is another question; and what was measured of the checkpoint stays.
+    fewer = evaluate.Wanted(tasks=Tasks(asked(limit=2)))
+    assert not evaluate.has_figures(exported, name=EARLY, checkpoint=digest_of(exported, 3), wanted=fewer)
+    again = evaluate.earlier(exported, replace(found[0].exported, written=0.0))
+    assert again["tasks"]["asked"] == ["words"] and not evaluate.earlier(
+        exported, replace(found[0].exported, checkpoint="other", written=0.0)
+    )
     page = eval_section(exported, stages=(STAGE,))
     assert "step 3 (" in page and "step 4 (" in page
 
@@ -141,7 +153,9 @@ def test_a_task_that_needs_the_network_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_was_measured_before_is_kept() -> None:
-    before = {"tasks": {"lm_eval": "1", "asked": ["a"], "rows": {"a": 1, "b": 2}}}
-    now = {"lm_eval": "2", "asked": ["b"], "rows": {"b": 3}}
-    assert kept(before, now) == {"lm_eval": "2", "asked": ["a", "b"], "rows": {"a": 1, "b": 3}}
-    assert kept({}, None) == {"asked": [], "rows": {}} and json.dumps(kept(before, None))
+    before: dict[str, Any] = {"tasks": {"lm_eval": "1", "asked": ["a"], "rows": {"a": 1, "b": 2}}}
+    now: dict[str, Any] = {"lm_eval": "2", "asked": ["b"], "rows": {"b": 3}}
+    before["tasks"]["how"], now["how"] = {"a": [0, None]}, {"b": [None, 10]}
+    how = {"a": [0, None], "b": [None, 10]}
+    assert kept(before, now) == {"lm_eval": "2", "asked": ["a", "b"], "how": how, "rows": {"a": 1, "b": 3}}
+    assert kept({}, None) == {"asked": [], "how": {}, "rows": {}} and json.dumps(kept(before, None))

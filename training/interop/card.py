@@ -1,6 +1,7 @@
 """README.md of an exported folder: the model card, filled from what the run recorded. The licence is the owner's to name."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from launcher.config.schema import RunConfig, StageConfig
@@ -111,7 +112,8 @@ def stages_table(stages: Iterable[StageConfig], *, metas: Mapping[str, Meta]) ->
         settings, meta = stage.stage, metas.get(stage.stage.name)
         done = (f"{meta.tokens:,}", f"{meta.step:,}") if meta else ("", "")
         scaling = f"{settings.rope_scaling.rope_type} x {settings.rope_scaling.factor:g}" if settings.rope_scaling else ""
-        start = (settings.name, settings.init_from or "scratch", *done, f"{settings.seq_length:,}")
+        origin = Path(settings.folder).name if settings.folder else settings.init_from or "scratch"
+        start = (settings.name, origin, *done, f"{settings.seq_length:,}")
         rest = (f"{settings.global_batch_size:,}", f"{settings.rotary_base:,}", scaling, f"{stage.optim.lr:g}")
         rows.append((*start, *rest, stage.precision.name))
     return markdown(heads, rows=rows)

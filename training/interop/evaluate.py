@@ -17,7 +17,7 @@ import torch
 
 from data_prep.errors import DataError
 from launcher.config.schema import RunConfig, StageConfig
-from launcher.rundir.checkpoints import CheckpointError, whole_numbers
+from launcher.rundir.checkpoints import CheckpointError, checkpoint_at, file_digest, whole_numbers
 from launcher.rundir.exits import ExitClass, RunStateError
 from launcher.rundir.freeze import read_config
 from launcher.rundir.paths import RunDir, at_step
@@ -62,7 +62,7 @@ def evaluate(run: RunDir, config: RunConfig, *, stage: str, step: int | None = N
     RunStateError: no export, one that does not load, or windows that are not those of the run's validation. DataError: no data
     here, or no held-out window. Then nothing is written."""
     began, exported = time.monotonic(), read_export(run, stage=stage, step=step)
-    loaded, long = Loaded(exported, run), wanted.long
+    loaded, long, was = Loaded(exported, run), wanted.long, earlier(run, exported)
     held_out = measure_held_out(run, config, loaded=loaded)
     before = trained_length(config, stage=config.stage(stage))
     found: LongContext | None = None
@@ -70,8 +70,9 @@ def evaluate(run: RunDir, config: RunConfig, *, stage: str, step: int | None = N
         feed = HeldOutFeed(config, config.stage(stage), rank=ALONE)
         found = measure_long_context(loaded.model, loaded.tokenizer, feed=feed, trained_length=before, losses=token_losses)
     scores = wanted.tasks.measure(loaded.model, loaded.tokenizer) if wanted.tasks else None
-    sections = {"held_out": held_out.to_json()} | ({"long_context": found.to_json()} if found else {})
-    rows = kept(earlier(run, exported), scores)
+    positions = found.to_json() if found else was.get("long_context")
+    sections = {"held_out": held_out.to_json()} | ({"long_context": positions} if positions else {})
+    rows = kept(was, scores)
     write_evaluation(
         run, exported, seconds=round(time.monotonic() - began, 3), **sections, **({"tasks": rows} if rows["rows"] else {})
     )
@@ -81,30 +82,45 @@ def evaluate(run: RunDir, config: RunConfig, *, stage: str, step: int | None = N
 def evaluate_steps(run: RunDir, config: RunConfig, *, stage: str, wanted: Wanted) -> Iterator[Evaluation]:
     """The stage's checkpoints that are there and have not all the figures yet, oldest first: what is exported for it goes
     again. A checkpoint that the stage's own export is of is left out."""
-    whole = read_export(run, stage=stage).step if run.export(stage).exists() else None
+    whole = read_export(run, stage=stage).checkpoint if run.export(stage).exists() else None
     for step in whole_numbers(run, stage):
         folder = run.export(at_step(stage, step))
-        if step == whole or has_figures(run, name=at_step(stage, step), wanted=wanted):
+        digest = file_digest(checkpoint_at(run, stage, step=step).path / "meta.json")
+        if digest == whole or has_figures(run, name=at_step(stage, step), checkpoint=digest, wanted=wanted):
             continue
         is_ours = not folder.exists()
-        if is_ours:
+        if is_ours or read_export(run, stage=stage, step=step).checkpoint != digest:
             export(run, config, stage=stage, step=step)
-        yield evaluate(run, config, stage=stage, step=step, wanted=wanted)
-        if is_ours:
-            shutil.rmtree(folder)
+        try:
+            found = evaluate(run, config, stage=stage, step=step, wanted=wanted)
+        finally:
+            if is_ours:
+                shutil.rmtree(folder, ignore_errors=True)
+        yield found
 
 
-def has_figures(run: RunDir, *, name: str, wanted: Wanted) -> bool:
-    before = read_json(run.eval(name)) if run.eval(name).exists() else {}
-    known = (before.get("tasks") or {}).get("asked", ())
-    return bool(before) and all(task in known for task in (wanted.tasks.asked.names if wanted.tasks else ()))
+def has_figures(run: RunDir, *, name: str, checkpoint: str, wanted: Wanted) -> bool:
+    """Of this very checkpoint, and of the tasks as they are asked for now."""
+    before = figures_of(run, name)
+    known = (before.get("tasks") or {}).get("how", {})
+    asked = wanted.tasks.asked.how if wanted.tasks else {}
+    return before.get("checkpoint") == checkpoint and all(known.get(name) == row for name, row in asked.items())
+
+
+def figures_of(run: RunDir, name: str) -> dict[str, Any]:
+    """RunStateError where the file is none."""
+    path = run.eval(name)
+    try:
+        return read_json(path) if path.exists() else {}
+    except ValueError as error:
+        raise RunStateError(f"{path} is not what eval writes ({error}). Fix: move it away") from error
 
 
 def earlier(run: RunDir, exported: Exported) -> dict[str, Any]:
-    """What was measured of the same files before."""
-    path = run.eval(exported.name)
-    before = read_json(path) if path.exists() else {}
-    return before if before.get("export") == folder_of(exported) else {}
+    """What was measured of the same checkpoint before."""
+    before = figures_of(run, exported.name)
+    same = exported.checkpoint is not None and before.get("checkpoint") == exported.checkpoint
+    return before if same or before.get("export") == folder_of(exported) else {}
 
 
 def trained_length(config: RunConfig, *, stage: StageConfig) -> int | None:
@@ -124,6 +140,7 @@ def write_evaluation(run: RunDir, exported: Exported, *, seconds: float, **secti
         "format_version": FORMAT_VERSION,
         "run": run.name,
         **source,
+        "checkpoint": exported.checkpoint,
         "export": folder_of(exported),
         "date": date,
         "seconds": seconds,
@@ -187,9 +204,15 @@ def main() -> ExitClass:
     try:
         config, stage, wanted = read_config(run), arguments.stage, wanted_of(arguments)
         show(evaluate(run, config, stage=stage, step=arguments.step, wanted=wanted), run=run)
+        apart: list[str] = []
         for found in evaluate_steps(run, config, stage=stage, wanted=wanted) if arguments.every_step else ():
             print()
-            show(found, run=run)
+            try:
+                show(found, run=run)
+            except RunStateError as error:  # of this step; the others are measured too
+                apart.append(str(error))
+        if apart:
+            raise RunStateError("; ".join(apart))
     except torch.OutOfMemoryError as error:
         fix = "Fix: CUDA_VISIBLE_DEVICES= evaluates on the CPU, in fp32"
         print(f"phidias: the exported model does not fit this GPU; eval runs on one ({error}). {fix}", file=sys.stderr)

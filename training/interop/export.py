@@ -20,7 +20,7 @@ from torch import Tensor
 
 from data_prep.errors import DataError
 from launcher.config.schema import ModelConfig, RunConfig
-from launcher.rundir.checkpoints import CheckpointError, Saved, checkpoint_at, damages, newest_checkpoint
+from launcher.rundir.checkpoints import CheckpointError, Saved, checkpoint_at, damages, file_digest, newest_checkpoint
 from launcher.rundir.code import installed
 from launcher.rundir.exits import ExitClass, RunStateError
 from launcher.rundir.freeze import read_config
@@ -62,7 +62,7 @@ def export(run: RunDir, config: RunConfig, *, stage: str, step: int | None = Non
     write_json_file(partial / "config.json", fields)
     write_json_file(partial / "generation_config.json", generation_config(tokenizer))
     source = {"run": run.name, "stage": stage, "step": saved.meta.step, "tokens": saved.meta.tokens}
-    write_json_file(partial / "phidias.json", source)
+    write_json_file(partial / "phidias.json", {**source, "checkpoint": file_digest(saved.path / "meta.json")})
     (partial / "README.md").write_text(model_card(run, config, saved=saved, has_chat=tokenizer.chat_end is not None))
     replace_folder(partial, final)
     append_record(run.events, "export", **source, path=str(final), bytes=num_bytes, seconds=round(time.monotonic() - began, 3))

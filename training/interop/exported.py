@@ -20,7 +20,8 @@ CPU = torch.device("cpu")
 @dataclass(frozen=True)
 class Exported:
     """A folder that `phidias export` wrote: of which step, and which files they are (`written`: the newest, Unix seconds).
-    `name`: what it and its figures are called, `<stage>` or `<stage>@<step>`."""
+    `name`: what it and its figures are called, `<stage>` or `<stage>@<step>`; `checkpoint`: the digest of the meta.json that it
+    was made of, None of folders that do not say it."""
 
     path: Path
     name: str
@@ -29,6 +30,7 @@ class Exported:
     tokens: int
     bytes: int
     written: float
+    checkpoint: str | None = None
 
 
 def folder_of(exported: Exported) -> dict[str, Any]:
@@ -49,7 +51,7 @@ def read_export(run: RunDir, *, stage: str, step: int | None = None) -> Exported
         raise RunStateError(f"{found}. {fix}") from error
     files = [file.stat() for file in folder.iterdir()]
     size, written = sum(file.st_size for file in files), max(file.st_mtime for file in files)
-    return Exported(folder, name, stage, found_step, tokens, size, round(written, 3))
+    return Exported(folder, name, stage, found_step, tokens, size, round(written, 3), source.get("checkpoint"))
 
 
 class Loaded:

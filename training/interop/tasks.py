@@ -17,7 +17,7 @@ from launcher.config.validate import nearest
 from launcher.rundir.exits import RunStateError
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1"}
-BATCH = 8  # requests at once
+BATCH = 4  # requests at once
 BOOTSTRAPS = 1000  # of metrics whose standard error has no formula
 # What a task that cannot be had fails with: no file, no cache, no package, a YAML with a mistake.
 UNUSABLE = (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError)
@@ -34,6 +34,11 @@ class Asked:
     directory: Path | None = None
     num_fewshot: int | None = None
     limit: int | None = None
+
+    @property
+    def how(self) -> dict[str, list[int | None]]:
+        """Of each task, so that figures of another question are known."""
+        return {name: [self.num_fewshot, self.limit] for name in self.names}
 
 
 class Tasks:
@@ -56,13 +61,13 @@ class Tasks:
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH)
+        language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH, softmax_dtype="float32")
         found: Any = simple_evaluate(
             model=language_model, tasks=self.top, task_manager=self.manager, num_fewshot=self.asked.num_fewshot,
             limit=self.asked.limit, bootstrap_iters=BOOTSTRAPS, log_samples=False,
         )  # fmt: skip
         rows = {name: row for name in found["results"] if (row := row_of(name, found))["metrics"]}
-        return {"lm_eval": version("lm-eval"), "asked": list(self.asked.names), "rows": rows}
+        return {"lm_eval": version("lm-eval"), "asked": list(self.asked.names), "how": self.asked.how, "rows": rows}
 
 
 def build_manager(asked: Asked) -> Any:
@@ -137,7 +142,8 @@ def kept(before: Mapping[str, Any], section: Mapping[str, Any] | None) -> Row:
     sections = [before.get("tasks") or {}, section or {}]
     rows = {name: row for one in sections for name, row in one.get("rows", {}).items()}
     asked = list(dict.fromkeys(name for one in sections for name in one.get("asked", ())))
-    return {**sections[0], **sections[1], "asked": asked, "rows": rows}
+    how_asked = {name: row for one in sections for name, row in one.get("how", {}).items()}
+    return {**sections[0], **sections[1], "asked": asked, "how": how_asked, "rows": rows}
 
 
 def table(section: Mapping[str, Any]) -> str:
