@@ -9,7 +9,6 @@ hypothesis.settings.load_profile("phidias")
 LONGEST = (
     "tests/chaos/test_chaos.py",
     "tests/training/test_ranks.py",
-    "tests/endtoend/test_order.py",
     "tests/endtoend/test_run.py",
     "tests/slurm/test_faults.py",
     "tests/slurm/test_graph.py",

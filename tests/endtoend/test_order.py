@@ -72,6 +72,7 @@ def straight(prepared: Workspace) -> Workspace:
     return workspace
 
 
+@slow  # CI has kills in tests/chaos, layouts and batches in tests/training/test_ranks.py
 def test_a_kill_another_layout_and_another_batch_read_the_same_windows(prepared: Workspace, straight: Workspace) -> None:
     """Killed at random steps, taken up with PP2, another batch, one rank: the multiset and the order of what was read are those
     of the run that nothing happened to."""
