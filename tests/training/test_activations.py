@@ -230,6 +230,7 @@ def test_training_fuses_what_the_gpu_table_counts_as_fused(monkeypatch: pytest.M
     """Unfused, SwiGLU would keep two more tensors as large as its output, and rotary positions their tables in every layer."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("training.model.refuse_undeliverable", lambda _precision: None)
+    monkeypatch.setattr("training.model.engine_version", lambda: "2.11.0")
     captured: dict[str, Any] = {}
     monkeypatch.setattr("training.model.TransformerConfig", lambda **fields: captured.update(fields))
     transformer_config(stage(precision=BF16), model=model())
