@@ -44,6 +44,15 @@ def settle() -> None:
         torch.cuda.synchronize()
 
 
+def seconds(act: Callable[[], object]) -> float:
+    """Of the clock, with the device waited for at both ends."""
+    settle()
+    began = time.perf_counter()
+    act()
+    settle()
+    return time.perf_counter() - began
+
+
 class Timer:
     """Milliseconds of work on the device, each repeat from a cold L2: events on a GPU, so that the host's own time is not in
     them as long as the device has work waiting."""

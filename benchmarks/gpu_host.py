@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_configs import compose, single_words
-from benchmarks.gpu_device import Figures, Keep, settle
+from benchmarks.gpu_device import Figures, Keep, seconds, settle
 from benchmarks.reading import write_source
 from launcher.config.schema import RunConfig, StageConfig
 from launcher.rundir.checkpoints import FORMAT_VERSION, Meta
@@ -156,11 +156,3 @@ def meta_of(stage: StageConfig, *, number: int) -> Meta:
         format_version=FORMAT_VERSION, stage="pretrain", step=number, samples=number, tokens=0, finished=False,
         layout=layout_key(stage.layout), ledger={}, start_ledger={}, tokens_by_source={}, files={},
     )  # fmt: skip
-
-
-def seconds(act: Callable[[], object]) -> float:
-    settle()
-    began = time.perf_counter()
-    act()
-    settle()
-    return time.perf_counter() - began

@@ -1,7 +1,6 @@
 """What our loop adds to bare megatron-core: the same model, optimizer and micro batches, a step of each in turn."""
 
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,7 +10,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
 from benchmarks.gpu_configs import compose, single_words
-from benchmarks.gpu_device import Figures, Keep, settle
+from benchmarks.gpu_device import Figures, Keep, seconds
 from benchmarks.gpu_layer import forget_engine
 from training.batch import MicroBatch
 from training.rehearse import Rehearsal, build_rehearsal, pretended_rank
@@ -119,11 +118,3 @@ def set_timers(stepper: Stepper, clocks: Any) -> None:
     get_model_config(stepper.chunks[0]).timers = clocks
     for part in parts(stepper.optimizer):
         part.config.timers = clocks
-
-
-def seconds(act: Callable[[], object]) -> float:
-    settle()
-    began = time.perf_counter()
-    act()
-    settle()
-    return time.perf_counter() - began

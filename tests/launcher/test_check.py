@@ -17,6 +17,8 @@ from launcher.plan.stage import plan_stage
 DEMO = compose_run(["run=demo"])
 PHI4 = compose_run(["run=phi4"])
 ONE = "stage=demo_pretrain"
+GRAPHS = ["run=phi4", "stage=pretrain", "layout.cuda_graph_impl=local"]
+OFFLOADED = ["run=phi4", "stage=pretrain", "layout.cpu_offloading_num_layers=4"]
 
 
 MIDTRAIN, LLAMA = "stage=demo_midtrain", "model.family=llama"
@@ -81,6 +83,22 @@ LAYOUTS = [
         "layout.cp_comm_type",
         ["must divide the 1 of model.num_query_groups", "layout.cp_comm_type=p2p"],
     ),
+    ([ONE, "layout.cuda_graph_impl=local"], "layout.cuda_graph_impl", ["is CPU ranks", "layout.cuda_graph_impl=none"]),
+    ([*GRAPHS, "layout.recompute=full"], "layout.cuda_graph_impl", ["wholly computed again"]),
+    ([*GRAPHS, "stage.reset_attention_mask=true"], "layout.cuda_graph_impl", ["differ from one micro batch to the next"]),
+    (
+        [*GRAPHS, "layout.recompute=selective", "model.hidden_dropout=0.1"],
+        "layout.cuda_graph_impl",
+        ["draws no random numbers"],
+    ),
+    (
+        [*GRAPHS, "stage.rampup_batch_size={start: 2880, increment: 2880, tokens: 1e9}", "layout.vpp=1"],
+        "layout.cuda_graph_impl",
+        ["and the batch grows"],
+    ),
+    ([ONE, "layout.cpu_offloading_num_layers=1"], "layout.cpu_offloading_num_layers", ["is CPU ranks"]),
+    ([*OFFLOADED, "layout.pp=2"], "layout.cpu_offloading_num_layers", ["without a pipeline"]),
+    ([*OFFLOADED, "layout.pp=1", "layout.vpp=1", "layout.recompute=full"], "layout.cpu_offloading_num_layers", ["not both"]),
     (
         [ONE, "layout.overlap_param_gather=true", "layout.overlap_grad_reduce=true", "layout.distributed_optimizer=false"],
         "layout.overlap_param_gather",
@@ -212,6 +230,35 @@ CONFIGS = [
     (["run=phi4", "precision=fp8_delayed", "precision.params_dtype=fp32"], "precision.params_dtype", ["bf16"]),
     (["run=phi4", "precision=fp8_delayed", "precision.fp8_format=null"], "precision.fp8_format", ["e4m3 or hybrid"]),
     (["precision.fp8_param_gather=true"], "precision.fp8_param_gather", ["precision.fp8 is null"]),
+    (
+        [
+            "run=phi4",
+            "stage=pretrain",
+            "precision=fp8_tensorwise",
+            "precision.fp8_param_gather=true",
+            "layout.distributed_optimizer=false",
+            "layout.overlap_param_gather=false",
+        ],
+        "precision.fp8_param_gather",
+        ["by the distributed optimizer"],
+    ),
+    (["precision.moments_dtype=bf16"], "precision.moments_dtype", ["is CPU ranks", "precision.moments_dtype=fp32"]),
+    (
+        [
+            "run=phi4",
+            "stage=pretrain",
+            "precision.moments_dtype=bf16",
+            "layout.distributed_optimizer=false",
+            "layout.overlap_param_gather=false",
+        ],
+        "precision.moments_dtype",
+        ["is a distributed optimizer"],
+    ),
+    (
+        ["run=phi4", "precision=fp8_delayed", "precision.fp8_param_gather=true", "precision.moments_dtype=bf16"],
+        "precision.moments_dtype",
+        ["inside transformer-engine's optimizer", "precision=fp8_tensorwise"],
+    ),
     (["run.name=../x"], "run.name", ["letters, digits"]),
     (["precision.fp8_format=e4m3"], "precision.fp8_format", ["precision.fp8 is null"]),
     (

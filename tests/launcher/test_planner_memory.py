@@ -24,7 +24,7 @@ PRECISIONS = {
     name: compose_run(["run=phi4", "stage=pretrain", f"precision={name}"]).stages[0].precision
     for name in ("fp32", "bf16", "fp8_delayed", "fp8_tensorwise", "fp8_blockwise")
 }
-STATES = {"weights", "FP8 weights", "gradients", "main weights", "optimizer states"}
+STATES = {"weights", "FP8 weights", "gradients", "main weights", "optimizer states", "moments in fp32"}
 LIBRARIES = {"communication buffers", "CUDA context", "allocator slack"}
 
 
@@ -143,6 +143,15 @@ def test_logits_by_hand():
     assert found["native"] == tokens * (2 * 4096 + 4 * vocabulary + 9 + 2 * vocabulary)
     first, last = memory(pp=2, batch=512).stages
     assert "logits and loss" not in first.by_component and "logits and loss" in last.by_component
+
+
+def test_moments_in_bf16_are_in_fp32_at_the_update():
+    """transformer-engine's optimizer casts all of them: it counts where activations, gone by then, have taken less."""
+    layout = dict(num_nodes=1, recompute="full")
+    in_bf16 = memory(precision_fields=dict(moments_dtype="bf16"), **layout).stages[0].by_component
+    assert in_bf16["moments in fp32"] == pytest.approx(8 * P / 8 - activations(in_bf16))
+    assert "moments in fp32" not in memory(**layout).stages[0].by_component
+    assert "moments in fp32" not in memory(precision_fields=dict(moments_dtype="bf16")).stages[0].by_component
 
 
 def test_layers_on_the_host():

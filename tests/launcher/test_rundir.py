@@ -256,6 +256,22 @@ def test_a_config_of_schema_4_says_what_it_said():
     assert replace(upgraded, monitor=replace(upgraded.monitor, health=config.monitor.health)) == config
 
 
+def test_a_config_of_schema_6_says_what_it_said():
+    """Kernels, moments, RoPE scaling and tasks came with schema 7; until then Megatron's plain code computed the loss."""
+    config = compose_run(["run=phi4"])
+    tree = dump_run(config)
+    tree["schema_version"] = 6
+    del tree["run"]["after_stages"], tree["run"]["evaluation"]
+    for stage in tree["stages"]:
+        del stage["stage"]["rope_scaling"], stage["precision"]["moments_dtype"], stage["optim"]["keep_moments"]
+        for name in ("cuda_graph_impl", "cpu_offloading_num_layers", "cross_entropy_fusion_impl"):
+            del stage["layout"][name]
+    found = validate_run(freeze.upgrade(tree))
+    assert {stage.layout.cross_entropy_fusion_impl for stage in found.stages} == {"none"}
+    plain = [replace(stage, layout=replace(stage.layout, cross_entropy_fusion_impl="te")) for stage in found.stages]
+    assert replace(found, stages=tuple(plain)) == config
+
+
 def test_new_code_on_an_old_run_is_recorded(demo, monkeypatch):
     run = opened(demo())
     monkeypatch.setattr(freeze, "code_version", lambda: {**code_version(), "commit": "f" * 40})
