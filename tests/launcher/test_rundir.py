@@ -16,6 +16,7 @@ from launcher.config.errors import ConfigError
 from launcher.config.validate import dump_run, validate_run
 from launcher.plan.prepared import Prepared
 from launcher.rundir import freeze
+from launcher.rundir.amend import compare
 from launcher.rundir.checkpoints import FORMAT_VERSION, Meta
 from launcher.rundir.code import code_version
 from launcher.rundir.exits import RunStateError
@@ -254,6 +255,14 @@ def test_a_config_of_schema_4_says_what_it_said():
     upgraded = validate_run(freeze.upgrade(tree))
     assert upgraded.monitor.health.non_finite.action == "stop" and upgraded.monitor.health.loss_spike.action == "note"
     assert replace(upgraded, monitor=replace(upgraded.monitor, health=config.monitor.health)) == config
+
+
+def test_what_a_model_exports_as_may_change_and_its_shape_may_not():
+    """A later stage scales its rotary angles, which Phi3 cannot say and Llama, of the same layers, can."""
+    frozen = compose_run(["run=phi4"])
+    changed = compare(frozen, config=replace(frozen, model=replace(frozen.model, family="llama")))
+    assert (changed.refused, changed.amended) == ([], [("model.family", "phi3", "llama")])
+    assert compare(frozen, config=replace(frozen, model=replace(frozen.model, num_layers=38))).refused
 
 
 def test_a_config_of_schema_6_says_what_it_said():

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.tensor_parallel import layers
+from megatron.core.transformer.cuda_graphs import _CudagraphGlobalRecord
 
 from launcher.rundir.paths import RunDir
 from tests.training.test_step import batch_of
@@ -19,7 +20,7 @@ from training.errors import PrecisionError
 from training.initialize import set_weight
 from training.model import _kernel_fields, build_model, refuse_unfit_engine
 from training.optimizer import build_optimizer
-from training.step import Flags, Stepper
+from training.step import Flags, Stepper, eagerly
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -122,6 +123,14 @@ def test_graphs_and_offloading_reach_megatron() -> None:
     assert (plain["cuda_graph_impl"], asked["cuda_graph_impl"], asked["cuda_graph_scope"]) == ("none", "local", [])
     away = _kernel_fields(stage(layout=dict(cpu_offloading_num_layers=3)).layout)
     assert (plain["cpu_offloading"], away["cpu_offloading"], away["cpu_offloading_num_layers"]) == (False, True, 3)
+
+
+def test_evaluation_replays_no_graph_and_training_does_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_CudagraphGlobalRecord, "cudagraph_created", True)
+    with pytest.raises(RuntimeError), eagerly():
+        assert not _CudagraphGlobalRecord.cudagraph_created
+        raise RuntimeError
+    assert _CudagraphGlobalRecord.cudagraph_created
 
 
 # transformer-engine
